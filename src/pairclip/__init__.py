@@ -1,0 +1,141 @@
+"""Fine-tune the image tower of a CLIP model on any labelled image dataset, with pairs of images.
+
+Public names are loaded on first use (PEP 562), so `import pairclip` imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pairclip.losses import (
+        AllPairsCosineLoss as AllPairsCosineLoss,
+        CosinePairLoss as CosinePairLoss,
+        all_pairs_cosine_loss as all_pairs_cosine_loss,
+        cosine_pair_loss as cosine_pair_loss,
+    )
+    from pairclip.samplers import (
+        ClassBalancedSampler as ClassBalancedSampler,
+        PairSampler as PairSampler,
+    )
+    from pairclip.similarity import (
+        class_similarity_matrix as class_similarity_matrix,
+        nearest_neighbors as nearest_neighbors,
+        similarity_matrix as similarity_matrix,
+    )
+    from pairclip.retrieval import (
+        PairSeparation as PairSeparation,
+        knn_accuracy as knn_accuracy,
+        map_at_r as map_at_r,
+        mean_average_precision as mean_average_precision,
+        pair_separation as pair_separation,
+        precision_at_k as precision_at_k,
+        r_precision as r_precision,
+        recall_at_k as recall_at_k,
+    )
+    from pairclip.datasets import (
+        LabelledImages as LabelledImages,
+        class_names_of as class_names_of,
+        labels_of as labels_of,
+    )
+    from pairclip.towers import (
+        VisionTower as VisionTower,
+        interpolate as interpolate,
+        layer_decay as layer_decay,
+        load_tower as load_tower,
+    )
+    from pairclip.embedding import (
+        embed_images as embed_images,
+    )
+    from pairclip.features import (
+        CachedFeatures as CachedFeatures,
+        cache_features as cache_features,
+    )
+    from pairclip.evaluation import (
+        Evaluation as Evaluation,
+        evaluate as evaluate,
+        evaluate_embeddings as evaluate_embeddings,
+    )
+    from pairclip.callbacks import (
+        Callback as Callback,
+        CollapseMonitor as CollapseMonitor,
+        EarlyStopping as EarlyStopping,
+        FitState as FitState,
+        Tracker as Tracker,
+        WeightAverage as WeightAverage,
+    )
+    from pairclip.finetuner import (
+        Finetuner as Finetuner,
+        History as History,
+    )
+    from pairclip.index import (
+        ImageIndex as ImageIndex,
+    )
+    from pairclip.plots import (
+        plot_class_similarity as plot_class_similarity,
+        plot_history as plot_history,
+        plot_pair_histogram as plot_pair_histogram,
+        plot_retrieval as plot_retrieval,
+        plot_similarity_matrix as plot_similarity_matrix,
+    )
+    from pairclip.report import (
+        write_report as write_report,
+    )
+
+__version__ = "0.1.0"
+
+# Module -> the public names that it defines; the block above says the same to type checkers.
+_EXPORTS: dict[str, tuple[str, ...]] = {
+    "losses": ("AllPairsCosineLoss", "CosinePairLoss", "all_pairs_cosine_loss", "cosine_pair_loss"),
+    "samplers": ("ClassBalancedSampler", "PairSampler"),
+    "similarity": ("class_similarity_matrix", "nearest_neighbors", "similarity_matrix"),
+    "retrieval": (
+        "PairSeparation",
+        "knn_accuracy",
+        "map_at_r",
+        "mean_average_precision",
+        "pair_separation",
+        "precision_at_k",
+        "r_precision",
+        "recall_at_k",
+    ),
+    "datasets": ("LabelledImages", "class_names_of", "labels_of"),
+    "towers": ("VisionTower", "interpolate", "layer_decay", "load_tower"),
+    "embedding": ("embed_images",),
+    "features": ("CachedFeatures", "cache_features"),
+    "evaluation": ("Evaluation", "evaluate", "evaluate_embeddings"),
+    "callbacks": (
+        "Callback",
+        "CollapseMonitor",
+        "EarlyStopping",
+        "FitState",
+        "Tracker",
+        "WeightAverage",
+    ),
+    "finetuner": ("Finetuner", "History"),
+    "index": ("ImageIndex",),
+    "plots": (
+        "plot_class_similarity",
+        "plot_history",
+        "plot_pair_histogram",
+        "plot_retrieval",
+        "plot_similarity_matrix",
+    ),
+    "report": ("write_report",),
+}
+_MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
+
+__all__ = ["__version__", *sorted(_MODULE_OF)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

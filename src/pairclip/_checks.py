@@ -1,0 +1,102 @@
+"""Checks of arguments that several modules share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """Raise a ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def check_positive_int(name: str, value: object) -> None:
+    """Raise unless `value` is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"`{name}` must be an integer, got {value!r}.")
+    if value < 1:
+        raise ValueError(f"`{name}` must be at least 1, got {value}.")
+
+
+def check_finite(name: str, embeddings: Tensor) -> None:
+    """Raise a ValueError that names the first row with a NaN or an infinity."""
+    # One NaN or infinity makes the sum non-finite, and a sum needs no mask of the same size;
+    # a finite tensor whose sum overflows only takes the slower look below.
+    if embeddings.numel() == 0 or math.isfinite(embeddings.sum(dtype=torch.float64).item()):
+        return
+    bad = ~torch.isfinite(embeddings).all(dim=1)
+    count = int(bad.sum())
+    if count:
+        first = int(bad.nonzero()[0, 0])
+        raise ValueError(
+            f"`{name}` has NaN or infinite values in {count} of {len(embeddings)} rows, first in "
+            f"row {first}. Check the images of these rows and the model that encoded them."
+        )
+
+
+def as_embeddings(name: str, value: Any, *, finite: bool = False) -> Tensor:
+    """Return `value` as a floating-point tensor of shape ``[N, D]``, or raise."""
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"`{name}` must be a tensor or a NumPy array, got {type(value).__name__}.")
+    if value.ndim != 2:
+        raise ValueError(
+            f"`{name}` must have shape [N, D], one row per image, got {list(value.shape)}."
+        )
+    if not value.is_floating_point():
+        raise TypeError(f"`{name}` must be floating point, got {value.dtype}.")
+    if finite:
+        check_finite(name, value.detach())
+    return value
+
+
+def as_labels(name: str, value: Any, *, length: int | None = None) -> Tensor:
+    """Return `value` as an int64 tensor of shape ``[N]``, or raise; its values are not read."""
+    if not isinstance(value, Tensor):
+        value = torch.from_numpy(label_array(name, value))
+    if value.ndim != 1:
+        raise ValueError(_not_one_dimensional(name, value.shape))
+    if value.is_floating_point() or value.is_complex():
+        raise TypeError(_not_integers(name, value.dtype))
+    if length is not None and len(value) != length:
+        raise ValueError(
+            f"`{name}` must have one label per row, got {len(value)} labels for {length} rows."
+        )
+    return value.to(torch.int64)
+
+
+def label_array(name: str, value: Any) -> npt.NDArray[np.int64]:
+    """Return `value` (sequence, array or tensor of integers) as an int64 array of shape ``[N]``."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().numpy()
+    array = np.asarray(value)
+    if array.size == 0 and array.ndim == 1:
+        return np.zeros(0, dtype=np.int64)
+    if array.ndim != 1:
+        raise ValueError(_not_one_dimensional(name, array.shape))
+    if array.dtype.kind not in "iub":
+        raise TypeError(_not_integers(name, array.dtype))
+    return array.astype(np.int64)
+
+
+def _not_one_dimensional(name: str, shape: Collection[int]) -> str:
+    return (
+        f"`{name}` must have shape [N], one class id per item, got {list(shape)}. "
+        f"Turn one-hot rows into class ids with `{name}.argmax(1)`."
+    )
+
+
+def _not_integers(name: str, dtype: object) -> str:
+    return (
+        f"`{name}` must be integers, got {dtype}. Turn names or other values into class ids with "
+        f"`numpy.unique({name}, return_inverse=True)[1]`."
+    )
