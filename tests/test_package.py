@@ -22,17 +22,17 @@ ORDER = [
     "datasets",
     "towers",
     "embedding",
-    "features",
     "evaluation",
-    "checkpoints",
-    "callbacks",
     "finetuner",
-    "index",
     "plots",
-    "report",
 ]
 # Private modules belong to the room that uses them first.
-PRIVATE: dict[str, str] = {}
+PRIVATE = {
+    "_all_pairs": "losses",
+    "_batches": "finetuner",
+    "_epochs": "samplers",
+    "_run": "finetuner",
+}
 NUMERICAL = ("losses", "samplers", "similarity", "retrieval")
 
 

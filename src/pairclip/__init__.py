@@ -9,11 +9,38 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pairclip.datasets import (
+        LabelledImages as LabelledImages,
+        class_names_of as class_names_of,
+        labels_of as labels_of,
+    )
+    from pairclip.embedding import (
+        embed_images as embed_images,
+    )
+    from pairclip.evaluation import (
+        Evaluation as Evaluation,
+        evaluate as evaluate,
+        evaluate_embeddings as evaluate_embeddings,
+    )
+    from pairclip.finetuner import (
+        Finetuner as Finetuner,
+        History as History,
+    )
     from pairclip.losses import (
         AllPairsCosineLoss as AllPairsCosineLoss,
         CosinePairLoss as CosinePairLoss,
         all_pairs_cosine_loss as all_pairs_cosine_loss,
         cosine_pair_loss as cosine_pair_loss,
+    )
+    from pairclip.plots import (
+        plot_class_similarity as plot_class_similarity,
+        plot_history as plot_history,
+        plot_similarity_matrix as plot_similarity_matrix,
+    )
+    from pairclip.retrieval import (
+        knn_accuracy as knn_accuracy,
+        mean_average_precision as mean_average_precision,
+        recall_at_k as recall_at_k,
     )
     from pairclip.samplers import (
         ClassBalancedSampler as ClassBalancedSampler,
@@ -21,66 +48,11 @@ if TYPE_CHECKING:
     )
     from pairclip.similarity import (
         class_similarity_matrix as class_similarity_matrix,
-        nearest_neighbors as nearest_neighbors,
         similarity_matrix as similarity_matrix,
-    )
-    from pairclip.retrieval import (
-        PairSeparation as PairSeparation,
-        knn_accuracy as knn_accuracy,
-        map_at_r as map_at_r,
-        mean_average_precision as mean_average_precision,
-        pair_separation as pair_separation,
-        precision_at_k as precision_at_k,
-        r_precision as r_precision,
-        recall_at_k as recall_at_k,
-    )
-    from pairclip.datasets import (
-        LabelledImages as LabelledImages,
-        class_names_of as class_names_of,
-        labels_of as labels_of,
     )
     from pairclip.towers import (
         VisionTower as VisionTower,
-        interpolate as interpolate,
-        layer_decay as layer_decay,
         load_tower as load_tower,
-    )
-    from pairclip.embedding import (
-        embed_images as embed_images,
-    )
-    from pairclip.features import (
-        CachedFeatures as CachedFeatures,
-        cache_features as cache_features,
-    )
-    from pairclip.evaluation import (
-        Evaluation as Evaluation,
-        evaluate as evaluate,
-        evaluate_embeddings as evaluate_embeddings,
-    )
-    from pairclip.callbacks import (
-        Callback as Callback,
-        CollapseMonitor as CollapseMonitor,
-        EarlyStopping as EarlyStopping,
-        FitState as FitState,
-        Tracker as Tracker,
-        WeightAverage as WeightAverage,
-    )
-    from pairclip.finetuner import (
-        Finetuner as Finetuner,
-        History as History,
-    )
-    from pairclip.index import (
-        ImageIndex as ImageIndex,
-    )
-    from pairclip.plots import (
-        plot_class_similarity as plot_class_similarity,
-        plot_history as plot_history,
-        plot_pair_histogram as plot_pair_histogram,
-        plot_retrieval as plot_retrieval,
-        plot_similarity_matrix as plot_similarity_matrix,
-    )
-    from pairclip.report import (
-        write_report as write_report,
     )
 
 __version__ = "0.1.0"
@@ -89,40 +61,22 @@ __version__ = "0.1.0"
 _EXPORTS: dict[str, tuple[str, ...]] = {
     "losses": ("AllPairsCosineLoss", "CosinePairLoss", "all_pairs_cosine_loss", "cosine_pair_loss"),
     "samplers": ("ClassBalancedSampler", "PairSampler"),
-    "similarity": ("class_similarity_matrix", "nearest_neighbors", "similarity_matrix"),
+    "similarity": ("class_similarity_matrix", "similarity_matrix"),
     "retrieval": (
-        "PairSeparation",
         "knn_accuracy",
-        "map_at_r",
         "mean_average_precision",
-        "pair_separation",
-        "precision_at_k",
-        "r_precision",
         "recall_at_k",
     ),
     "datasets": ("LabelledImages", "class_names_of", "labels_of"),
-    "towers": ("VisionTower", "interpolate", "layer_decay", "load_tower"),
+    "towers": ("VisionTower", "load_tower"),
     "embedding": ("embed_images",),
-    "features": ("CachedFeatures", "cache_features"),
     "evaluation": ("Evaluation", "evaluate", "evaluate_embeddings"),
-    "callbacks": (
-        "Callback",
-        "CollapseMonitor",
-        "EarlyStopping",
-        "FitState",
-        "Tracker",
-        "WeightAverage",
-    ),
     "finetuner": ("Finetuner", "History"),
-    "index": ("ImageIndex",),
     "plots": (
         "plot_class_similarity",
         "plot_history",
-        "plot_pair_histogram",
-        "plot_retrieval",
         "plot_similarity_matrix",
     ),
-    "report": ("write_report",),
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 

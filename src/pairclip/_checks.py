@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,8 @@ def as_labels(name: str, value: Any, *, length: int | None = None) -> Tensor:
         raise ValueError(
             f"`{name}` must have one label per row, got {len(value)} labels for {length} rows."
         )
-    return value.to(torch.int64)
+    labels: Tensor = value.to(torch.int64)
+    return labels
 
 
 def label_array(name: str, value: Any) -> npt.NDArray[np.int64]:
@@ -85,7 +87,7 @@ def label_array(name: str, value: Any) -> npt.NDArray[np.int64]:
         raise ValueError(_not_one_dimensional(name, array.shape))
     if array.dtype.kind not in "iub":
         raise TypeError(_not_integers(name, array.dtype))
-    return array.astype(np.int64)
+    return array.astype(np.int64, copy=False)
 
 
 def _not_one_dimensional(name: str, shape: Collection[int]) -> str:
@@ -100,3 +102,34 @@ def _not_integers(name: str, dtype: object) -> str:
         f"`{name}` must be integers, got {dtype}. Turn names or other values into class ids with "
         f"`numpy.unique({name}, return_inverse=True)[1]`."
     )
+
+
+def check_number(name: str, value: object) -> None:
+    """Raise a TypeError unless `value` is a real number."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"`{name}` must be a number, got {value!r}.")
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Raise unless `value` is a number in ``[0, 1]``."""
+    check_number(name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"`{name}` must be in [0, 1], got {value}.")
+
+
+def row_norms(rows: Tensor) -> Tensor:
+    """Euclidean length of each row, float64 ``[N]``; no float32 length is lost to underflow."""
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    return norms
+
+
+def unit_rows(rows: Tensor) -> Tensor:
+    """Rows divided by their length, without gradient; a zero row stays zero. Never `rows` itself.
+
+    Half precision becomes float32.
+    """
+    rows = rows.detach()
+    if rows.dtype not in (torch.float32, torch.float64):
+        rows = rows.float()
+    norms = row_norms(rows)
+    return rows / norms.where(norms > 0, 1.0).to(rows.dtype)[:, None]
