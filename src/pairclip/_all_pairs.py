@@ -1,0 +1,275 @@
+"""Value and gradient of the pair losses over all pairs of a batch, without the pairs.
+
+With unit rows z_i and class sums s_c, the sum of the similarities of same-class pairs is
+``(sum_c |s_c|^2 - sum_i |z_i|^2) / 2``; with second moments ``G_c = Z_c^T Z_c`` the sum of the
+squared ones is ``(sum_c |G_c|_F^2 - sum_i |z_i|^4) / 2``. All pairs follow likewise, and the pairs
+of different classes by difference. Those differences are taken in float64: one class of two
+among thousands of single items leaves nothing of them in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from pairclip._checks import row_norms
+
+# Rows that one float32 addition chain sums up, so that its rounding stays near 1e-6.
+_CHAIN = 256
+
+
+class Classes(NamedTuple):
+    """A batch sorted by class.
+
+    There are C class slots: the number of classes on the CPU, and B on other devices, where
+    reading that number would make the host wait; slots without a class are empty.
+    """
+
+    order: Tensor  # [B] rows by class
+    ids: Tensor  # [B] class slot of each row, in the rows' own order
+    starts: Tensor  # [C] first place of each slot in `order`
+    counts: Tensor  # [C] rows of each slot, int64
+
+
+def group_by_class(labels: Tensor) -> Classes:
+    """Class slots by sorting and cumulative sums."""
+    ordered, order = labels.sort(stable=True)
+    first = torch.ones_like(labels)
+    first[1:] = ordered[1:] != ordered[:-1]
+    slots = first.cumsum(0) - 1
+    size = int(slots[-1]) + 1 if labels.device.type == "cpu" else len(labels)
+    edges = torch.searchsorted(slots, torch.arange(size + 1, device=labels.device))
+    return Classes(
+        order=order,
+        ids=torch.empty_like(slots).scatter_(0, order, slots),
+        starts=edges[:-1],
+        counts=edges.diff(),
+    )
+
+
+def class_sums(rows: Tensor, classes: Classes) -> Tensor:
+    """Sum of the rows of each class slot, float64 ``[C, D]``."""
+    places = torch.arange(len(rows), device=rows.device)
+    slots = classes.ids[classes.order]
+    first = places % _CHAIN == 0
+    first[1:] |= slots[1:] != slots[:-1]
+    chains = first.long().cumsum(0) - 1
+    size = int(chains[-1]) + 1 if rows.device.type == "cpu" else len(rows)
+    chain_starts = torch.searchsorted(chains, places[:size])
+    sums = F.embedding_bag(classes.order, rows, chain_starts, mode="sum").double()
+    # A slot's chains are those from its first row's; empty slots start behind the last row.
+    slot_starts = torch.cat([chains, chains[-1:] + 1])[classes.starts]
+    return F.embedding_bag(places[:size], sums, slot_starts.clamp_max(size), mode="sum")
+
+
+class AllPairs(torch.autograd.Function):
+    """The loss of `all_pairs_cosine_loss`, differentiable once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        labels: Tensor,
+        negatives: str,
+        margin: float,
+        positive_fraction: float | None,
+    ) -> Tensor:
+        """Value of the loss; its gradient is kept for `backward`."""
+        wanted = ctx.needs_input_grad[0]
+        if len(rows) < 2:
+            ctx.save_for_backward(torch.zeros_like(rows), rows)
+            return rows.new_zeros(())
+        value, gradient = _value_and_gradient(
+            rows, labels, negatives, margin, positive_fraction, wanted
+        )
+        if gradient is not None:
+            ctx.save_for_backward(gradient, rows)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
+        """The kept gradient, scaled."""
+        gradient, rows = ctx.saved_tensors
+        return _FirstOrder.apply(gradient * grad_outputs[0], rows), None, None, None, None
+
+
+class _FirstOrder(torch.autograd.Function):
+    """Identity that can't be differentiated."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, gradient: Tensor, rows: Tensor) -> Tensor:
+        return gradient
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> Tensor:
+        raise RuntimeError(
+            "`all_pairs_cosine_loss` has no second derivatives. Use `cosine_pair_loss` on pairs "
+            "of the batch, which has."
+        )
+
+
+def _value_and_gradient(
+    rows: Tensor,
+    labels: Tensor,
+    negatives: str,
+    margin: float,
+    positive_fraction: float | None,
+    wanted: bool,
+) -> tuple[Tensor, Tensor | None]:
+    norms = row_norms(rows)
+    nonzero = norms > 0
+    lengths = norms.where(nonzero, 1.0).to(rows.dtype)[:, None]
+    unit = rows / lengths
+    classes = group_by_class(labels)
+    sums = class_sums(unit, classes)
+
+    counts = classes.counts
+    same_pairs = (counts * (counts - 1)).sum() // 2
+    all_pairs = len(rows) * (len(rows) - 1) // 2
+    different_pairs = all_pairs - same_pairs
+    if positive_fraction is None:
+        same_weight = different_weight = torch.full_like(norms[0], 1 / all_pairs)
+    else:
+        same_weight = _weight(positive_fraction, same_pairs)
+        different_weight = _weight(1 - positive_fraction, different_pairs)
+
+    squared_sums = sums.square().sum(dim=1)
+    # Unit rows are so up to rounding: a class of one would add its rounding, and has no pair.
+    squared_rows = torch.zeros_like(squared_sums).index_add_(0, classes.ids, nonzero.double())
+    same_similarity = ((squared_sums - squared_rows) * (counts > 1)).sum() / 2
+    value = same_weight * (same_pairs - same_similarity)
+    # Gradients with respect to the unit rows; what is parallel to a row falls away below.
+    table = -same_weight * sums
+    gradient: Tensor | None = None
+    if negatives == "linear":
+        total = sums.sum(dim=0)
+        value = value + different_weight * (total.square().sum() - squared_sums.sum()) / 2
+        table += different_weight * (total - sums)
+    elif negatives == "squared":
+        different, gradient = _squared(unit, classes, different_weight, wanted)
+        value = value + different_weight * different
+    else:
+        different, gradient = _hinge(unit, classes, margin, different_weight, wanted)
+        value = value + different_weight * different
+    value = value.to(rows.dtype)
+    if not wanted:
+        return value, None
+    by_class = table.to(rows.dtype)[classes.ids]
+    gradient = by_class if gradient is None else gradient.add_(by_class)
+    # Through the normalisation: the part orthogonal to the row, over its length.
+    gradient.addcmul_(unit, (unit * gradient).sum(dim=1, keepdim=True), value=-1)
+    gradient.div_(lengths).mul_(nonzero[:, None])
+    return value, gradient
+
+
+def _weight(fraction: float, pairs: Tensor) -> Tensor:
+    return torch.where(pairs > 0, fraction / pairs.clamp_min(1).double(), 0.0)
+
+
+def _hinge(
+    unit: Tensor, classes: Classes, margin: float, weight: Tensor, wanted: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Sum of ``max(0, S - margin)`` over pairs of different classes; weighted gradient."""
+    size, width = unit.shape
+    ids = classes.ids
+    gradient = torch.zeros_like(unit) if wanted else None
+    total = unit.new_zeros((), dtype=torch.float64)
+    # A block is half as large as the embeddings, its mask an eighth of it.
+    block = max(1, min(size, width // 2))
+    for start in range(0, size, block):
+        stop = min(start + block, size)
+        left, right = unit[start:stop], unit[start:]
+        excess = (left @ right.T).sub_(margin).clamp_min_(0)
+        excess.masked_fill_(ids[start:stop, None] == ids[start:], 0)
+        excess[:, : stop - start].triu_(1)
+        total += excess.sum(dim=1).double().sum()
+        if gradient is not None:
+            active = excess.sign_()
+            gradient[start:stop].addmm_(active, right)
+            gradient[start:].addmm_(active.T, left)
+    return total, None if gradient is None else gradient.mul_(weight.to(unit.dtype))
+
+
+def _squared(
+    unit: Tensor, classes: Classes, weight: Tensor, wanted: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Sum of ``S^2`` over pairs of different classes; weighted gradient."""
+    size, width = unit.shape
+    if size <= width:
+        similarity = unit @ unit.T
+        similarity.masked_fill_(classes.ids[:, None] == classes.ids, 0)
+        total = similarity.square().sum(dtype=torch.float64) / 2
+        gradient = similarity.mul_(2 * weight.to(unit.dtype)) @ unit if wanted else None
+        return total, gradient
+    return _squared_by_moments(unit, classes, weight, wanted)
+
+
+def _squared_by_moments(
+    unit: Tensor, classes: Classes, weight: Tensor, wanted: bool
+) -> tuple[Tensor, Tensor | None]:
+    width = unit.shape[1]
+    counts, starts = classes.counts.tolist(), classes.starts.tolist()
+    large = [
+        classes.order[start : start + count]
+        for start, count in zip(starts, counts, strict=True)
+        if count >= width
+    ]
+    small = classes.counts < width
+    rest = small[classes.ids].nonzero()[:, 0]
+
+    moments = [unit[rows].T @ unit[rows] for rows in large]
+    rest_unit = unit[rest]
+    whole = (rest_unit.T @ rest_unit).double()
+    for moment in moments:
+        whole += moment
+    total = whole.new_zeros(())
+    gradient = torch.zeros_like(unit) if wanted else None
+    scale = 2 * weight.to(unit.dtype)
+    for rows, moment in zip(large, moments, strict=True):
+        others = whole - moment
+        total += (moment * others).sum()
+        if gradient is not None:
+            gradient[rows] = unit[rows] @ (others.to(unit.dtype) * scale)
+    if len(rest):
+        toward = rest_unit @ whole.to(unit.dtype)
+        total += (toward * rest_unit).sum(dim=1).double().sum()
+        if gradient is not None:
+            gradient[rest] = toward.mul_(scale)
+        for rows in _padded(classes, width):
+            present = (rows >= 0)[:, :, None]
+            members = unit[rows] * present
+            similarity = members @ members.mT
+            total -= similarity.square().sum(dtype=torch.float64)
+            if gradient is not None:
+                own = (similarity @ members).mul_(scale)
+                gradient[rows[rows >= 0]] -= own[present[:, :, 0]]
+    return total / 2, gradient
+
+
+def _padded(classes: Classes, width: int) -> list[Tensor]:
+    """Rows of the classes of fewer than `width`, as tables ``[classes, members]`` padded by -1.
+
+    Classes of like size share a table, so that many small classes cost no more than few large
+    ones, and a table holds at most a fourth of the batch's rows, or one class.
+    """
+    tables = []
+    device = classes.order.device
+    longest = 1
+    while longest < 2 * width:
+        fits = (classes.counts <= longest) & (classes.counts > longest // 2)
+        members = (fits & (classes.counts < width)).nonzero()[:, 0]
+        per_table = max(1, len(classes.order) // (4 * longest))
+        for slots in members.split(per_table):
+            if not len(slots):
+                continue
+            member = torch.arange(longest, device=device)
+            present = member < classes.counts[slots, None]
+            places = classes.starts[slots, None] + member
+            rows = classes.order[places.clamp_max(len(classes.order) - 1)]
+            tables.append(rows.where(present, -1))
+        longest *= 2
+    return tables
