@@ -1,0 +1,25 @@
+"""SigLIP, and SigLIP 2 at a fixed resolution: `SiglipModel` and its image tower."""
+
+from typing import Any
+
+from transformers import SiglipImageProcessor, SiglipModel, SiglipVisionModel
+
+from pairclip.towers.pretrained import PretrainedTower
+
+
+class SiglipTower(PretrainedTower):
+    """Embeds with the output of the attention pooling head."""
+
+    family = "SigLIP"
+    model_types = ("siglip", "siglip_vision_model")
+    model_classes = (SiglipModel, SiglipVisionModel)
+
+    @classmethod
+    def vision_class(cls, config: Any) -> Any:
+        """There is one."""
+        return SiglipVisionModel
+
+    @classmethod
+    def default_image_processor(cls, image_size: int) -> Any:
+        """Both sides to `image_size`, whatever the shape."""
+        return SiglipImageProcessor(size={"height": image_size, "width": image_size})
