@@ -1,0 +1,225 @@
+"""Datasets of every kind, and what is wrong with some of them."""
+
+from pathlib import Path
+from typing import Any
+
+import datasets as hf
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import ConcatDataset, Dataset, Subset
+from torchvision.datasets import CIFAR10, FakeData, ImageFolder
+
+from pairclip import LabelledImages, class_names_of, labels_of
+from pairclip.datasets import as_rgb
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for number, name in enumerate(["ant", "bee", "ant", "cat", "bee"]):
+        (tmp_path / name).mkdir(exist_ok=True)
+        Image.new("RGB", (6, 4), (number, 0, 0)).save(tmp_path / name / f"{number}.png")
+    return tmp_path
+
+
+class Undecodable(Dataset[Any]):
+    """Tells its labels, and fails when an image is asked for."""
+
+    def __init__(self, **attributes: Any) -> None:
+        vars(self).update(attributes)
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> Any:
+        raise AssertionError("decoded an image")
+
+
+@pytest.mark.parametrize("name", ["targets", "labels", "_labels"])
+@pytest.mark.parametrize("values", [[2, 0, 2], np.array([2, 0, 2]), torch.tensor([2, 0, 2])])
+def test_labels_come_without_decoding(name: str, values: Any) -> None:
+    dataset = Undecodable(**{name: values})
+    assert labels_of(dataset).tolist() == [2, 0, 2]
+    assert labels_of(Subset(dataset, [1, 2])).tolist() == [0, 2]
+    assert labels_of(ConcatDataset([dataset, dataset])).tolist() == [2, 0, 2, 2, 0, 2]
+    assert labels_of(dataset).dtype == torch.int64
+
+
+def test_image_folders_subsets_and_joins(folder: Path) -> None:
+    images = ImageFolder(folder)
+    assert labels_of(images).tolist() == [0, 0, 1, 1, 2]
+    assert class_names_of(images) == ["ant", "bee", "cat"]
+    part = Subset(images, [4, 0])
+    joined = ConcatDataset([part, Subset(images, [3])])
+    assert labels_of(joined).tolist() == [2, 0, 1]
+    assert class_names_of(joined) == ["ant", "bee", "cat"]
+    data = LabelledImages(joined)
+    assert len(data) == 3
+    assert [data[i][1] for i in range(3)] == [2, 0, 1]
+    assert [data[i][0].getpixel((0, 0))[0] for i in range(3)] == [3, 0, 4]
+    assert LabelledImages(data).labels.equal(data.labels)
+    with pytest.raises(IndexError, match=r"`index` must be in \[0, 3\), got 3"):
+        data[3]
+
+
+def test_a_torchvision_dataset_tells_its_labels(tmp_path: Path) -> None:
+    cifar = CIFAR10.__new__(CIFAR10)
+    cifar.data = np.zeros((2, 32, 32, 3), np.uint8)
+    cifar.targets, cifar.classes = [9, 3], [f"class {i}" for i in range(10)]
+    cifar.transform = cifar.target_transform = None
+    data = LabelledImages(cifar)
+    assert data.labels.tolist() == [9, 3]
+    assert data.class_names == cifar.classes
+    assert data[1][0].size == (32, 32)
+
+
+def test_hugging_face_datasets(folder: Path) -> None:
+    pictures = [str(path) for path in sorted(folder.rglob("*.png"))]
+    features = hf.Features(
+        {"picture": hf.Image(), "kind": hf.ClassLabel(names=["x", "y"]), "text": hf.Value("string")}
+    )
+    rows = {"picture": pictures, "kind": [1, 0, 1, 1, 0], "text": ["a"] * 5}
+    dataset = hf.Dataset.from_dict(rows, features=features)
+    assert labels_of(dataset).tolist() == [1, 0, 1, 1, 0]
+    assert class_names_of(dataset) == ["x", "y"]
+    image, label = LabelledImages(dataset)[2]
+    assert (image.size, label) == ((6, 4), 1)
+    words = hf.Dataset.from_dict(
+        {"image": pictures, "label": ["dog", "cat", "dog", "dog", "cat"]},
+        features=hf.Features({"image": hf.Image(), "label": hf.Value("string")}),
+    )
+    assert labels_of(words).tolist() == [1, 0, 1, 1, 0]
+    assert class_names_of(words) == ["cat", "dog"]
+    with pytest.raises(ValueError, match="must have one image and one label column"):
+        labels_of(dataset.remove_columns("kind"))
+
+
+def test_pairs_of_images_and_labels() -> None:
+    images = np.zeros((3, 5, 5, 3), np.uint8)
+    assert labels_of((images, torch.tensor([4, 2, 4]))).tolist() == [4, 2, 4]
+    assert class_names_of((images, [4, 2, 4])) is None
+    assert labels_of((list(images), ["b", "a", "b"])).tolist() == [1, 0, 1]
+    assert class_names_of((images, np.array(["b", "a", "b"], dtype=object))) == ["a", "b"]
+
+
+def test_paths_are_opened(folder: Path) -> None:
+    paths = sorted(folder.rglob("*.png"))
+    assert LabelledImages((paths, [0, 0, 1, 1, 1]))[0][0].size == (6, 4)
+
+
+def test_a_dataset_that_does_not_tell_is_read_once_and_says_so() -> None:
+    dataset = FakeData(size=4, image_size=(3, 8, 8), num_classes=3)
+    with pytest.warns(UserWarning, match="FakeData does not tell its labels, so all its 4") as said:
+        data = LabelledImages(dataset)
+    assert len(said) == 1
+    assert data.labels.tolist() == [int(dataset[i][1]) for i in range(4)]
+
+
+def test_joined_datasets_must_agree_on_their_classes(folder: Path) -> None:
+    one, other = ImageFolder(folder), ImageFolder(folder)
+    other.classes = ["wasp", "bee", "cat"]
+    with pytest.raises(ValueError, match="give their class ids different names"):
+        labels_of(ConcatDataset([one, other]))
+
+
+def test_a_corrupt_image_is_named_with_index_and_path(folder: Path) -> None:
+    path = folder / "bee" / "1.png"
+    path.write_bytes(path.read_bytes()[:40])
+    images = ImageFolder(folder)
+    where = images.imgs.index((str(path), 1))
+    with pytest.raises(ValueError, match=rf"Image {where} \(.*bee.1\.png\) can't be read"):
+        LabelledImages(images)[where]
+    part = ConcatDataset([Subset(images, [0]), Subset(images, [where])])
+    with pytest.raises(ValueError, match=r"Image 1 \(.*bee.1\.png\) can't be read"):
+        LabelledImages(part)[1]
+    with pytest.raises(ValueError, match=r"Image 0 \(.*bee.1\.png\) can't be read"):
+        LabelledImages(([path], [0]))[0]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "error", "message"),
+    [
+        (([], []), ValueError, "`dataset` has no images"),
+        ((["a", "b"], [0]), ValueError, "one label per image, got 1 labels for 2 images"),
+        ((["a", "b"], [0.0, 1.0]), TypeError, "must be integers, got float64"),
+        ((["a", "b"], [[0, 1], [1, 0]]), ValueError, "Turn one-hot rows into class ids"),
+        (7, TypeError, r"must have len\(\) and \[i\]"),
+        (Undecodable(targets=[0, 1]), ValueError, "got 2 labels for 3 images"),
+    ],
+)
+def test_wrong_datasets_are_errors(dataset: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        LabelledImages(dataset)
+
+
+@pytest.mark.filterwarnings("ignore:list does not tell")
+def test_items_must_be_pairs() -> None:
+    with pytest.raises(TypeError, match=r"`dataset\[0\]` must be a pair \(image, label\), got int"):
+        LabelledImages([1, 2])
+
+
+def test_images_of_every_kind_become_the_same_picture() -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    tensor = torch.from_numpy(picture).permute(2, 0, 1)
+    for image in (
+        Image.fromarray(picture),
+        picture,
+        picture.transpose(2, 0, 1),
+        tensor,
+        tensor.float() / 255,
+        picture.astype(np.float64) / 255,
+        (tensor.double() / 255).requires_grad_(),
+    ):
+        np.testing.assert_array_equal(np.asarray(as_rgb(image)), picture)
+    grey = picture[..., 0]
+    for image in (grey, grey[..., None], torch.from_numpy(grey), torch.from_numpy(grey)[None]):
+        np.testing.assert_array_equal(np.asarray(as_rgb(image))[..., 1], grey)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr", "HSV", "LAB"])
+def test_pictures_of_eight_bits_are_converted_by_pillow(mode: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    through = {"PA": "P", "LAB": "LAB"}.get(mode, mode)
+    image = Image.fromarray(noise)
+    if mode == "LAB":
+        image = Image.merge("LAB", image.split())
+    else:
+        image = image.convert(through).convert(mode)
+    np.testing.assert_array_equal(np.asarray(as_rgb(image)), np.asarray(image.convert("RGB")))
+
+
+def test_deep_grey_pictures_keep_their_contrast(tmp_path: Path) -> None:
+    deep = np.array([[0, 32896, 65535]], np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    for image in (
+        Image.open(tmp_path / "deep.png"),
+        Image.fromarray(deep.astype(np.int32)),
+        Image.fromarray((deep / 65535).astype(np.float32)),
+    ):
+        assert np.asarray(as_rgb(image))[0, :, 0].tolist() == [0, 128, 255]
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "message"),
+    [
+        (torch.full((3, 4, 4), 255.0), ValueError, r"must be in \[0, 1\], got values from 255"),
+        (torch.full((3, 4, 4), -0.5), ValueError, "leave normalisation to the tower"),
+        (torch.full((3, 4, 4), torch.nan), ValueError, "got values from nan to nan"),
+        (np.zeros((4, 4), np.int64), ValueError, r"must be uint8 in \[0, 255\], got int64"),
+        (np.zeros((2, 4, 5), np.uint8), ValueError, r"must have shape .* got \[2, 4, 5\]"),
+        (torch.zeros(5, 4, 3), ValueError, r"must have shape .* got \[5, 4, 3\]"),
+        (None, TypeError, "must be a PIL image, an array, a tensor or a path, got NoneType"),
+        (Image.fromarray(np.array([[-1]], np.int32)), ValueError, "mode 'I' must be in"),
+    ],
+)
+def test_wrong_images_are_errors(image: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        as_rgb(image)
+
+
+def test_a_float_image_in_0_to_255_is_named_by_its_index() -> None:
+    with pytest.raises(ValueError, match=r"Image 1 can't be read: A float image must be in \[0, 1"):
+        LabelledImages((torch.tensor([0.0, 200.0]).expand(3, 4, 4, 2).permute(3, 0, 1, 2), [0, 1]))[
+            1
+        ]
