@@ -1,0 +1,90 @@
+"""Embeddings of images by a tower."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from pairclip import _checks
+from pairclip.datasets import LabelledImages, as_rgb
+from pairclip.towers import VisionTower
+
+
+def embed_images(
+    tower: VisionTower, images: Any, *, batch_size: int = 64, num_workers: int = 0
+) -> Tensor:
+    """Embed every image, without gradient and in evaluation mode.
+
+    Args:
+        tower: Embeds; its modes are as before afterwards.
+        images: Any labelled dataset that `LabelledImages` takes, or images alone: a list of PIL
+            images, arrays or tensors, or one array ``[N, H, W, 3]`` or tensor ``[N, 3, H, W]``.
+        batch_size: Images per forward pass.
+        num_workers: Processes that load and preprocess images; 0 does it in this one.
+
+    Returns:
+        float32 ``[N, D]`` on the CPU, not normalised.
+
+    Raises:
+        ValueError: If there are no images, one can't be read, or an embedding is not finite.
+
+    Example:
+        >>> import numpy as np
+        >>> from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+        >>> from pairclip import embed_images, load_tower
+        >>> config = CLIPVisionConfig(
+        ...     hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        ...     image_size=16, patch_size=8, projection_dim=8)
+        >>> tower = load_tower(CLIPVisionModelWithProjection(config))
+        >>> embed_images(tower, np.zeros((3, 16, 16, 3), dtype=np.uint8)).shape
+        torch.Size([3, 8])
+    """
+    _checks.check_positive_int("batch_size", batch_size)
+    pixels = _Pixels(tower, images)
+    loader = DataLoader(pixels, batch_size=batch_size, num_workers=num_workers)
+    device = next((p.device for p in tower.parameters()), torch.device("cpu"))
+    was_training = {module: module.training for module in tower.modules()}
+    embeddings = []
+    tower.eval()
+    try:
+        with torch.inference_mode():
+            for batch in tqdm(loader, desc="Embedding", unit="batch", leave=False, disable=None):
+                embeddings.append(tower(batch.to(device)).float().cpu())
+    finally:
+        for module, training in was_training.items():
+            module.training = training
+    result = torch.cat(embeddings).clone()
+    _checks.check_finite("embeddings", result)
+    return result
+
+
+class _Pixels(Dataset[Tensor]):
+    """Preprocessed images of a dataset, or of images without labels."""
+
+    def __init__(self, tower: nn.Module, images: Any) -> None:
+        self.tower = tower
+        self.images = images if _are_images(images) else LabelledImages(images)
+        if not len(self.images):
+            raise ValueError("`images` must have at least one image, got none.")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        if isinstance(self.images, LabelledImages):
+            image, _ = self.images[index]
+        else:
+            image = as_rgb(self.images[index])
+        pixels: Tensor = self.tower.preprocess(image)  # type: ignore[operator]
+        return pixels
+
+
+def _are_images(images: Any) -> bool:
+    if isinstance(images, Sequence) and not isinstance(images, tuple):
+        return not len(images) or not isinstance(images[0], (tuple, list))
+    return hasattr(images, "ndim") and images.ndim == 4

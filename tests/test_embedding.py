@@ -1,0 +1,73 @@
+"""Embeddings of datasets and of images alone, against the tower itself."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.testing import assert_close
+
+from pairclip import VisionTower, embed_images, load_tower
+
+
+def by_hand(tower: VisionTower, pictures: np.ndarray) -> torch.Tensor:
+    pixels = torch.stack([tower.preprocess(Image.fromarray(picture)) for picture in pictures])
+    with torch.no_grad():
+        return tower.eval()(pixels)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_embeddings_are_those_of_the_tower(tower, images, batch_size, num_workers) -> None:
+    found = embed_images(tower, images, batch_size=batch_size, num_workers=num_workers)
+    assert_close(found, by_hand(tower, images[0]), atol=1e-6, rtol=1e-5)
+    assert found.dtype == torch.float32
+    assert not found.is_inference()
+
+
+def test_images_alone_may_be_a_list_an_array_or_a_tensor(tower, images) -> None:
+    pictures = images[0][:6]
+    expected = embed_images(tower, (pictures, [0] * 6))
+    for alone in (
+        pictures,
+        list(pictures),
+        [Image.fromarray(picture) for picture in pictures],
+        torch.from_numpy(pictures).permute(0, 3, 1, 2),
+    ):
+        assert_close(embed_images(tower, alone), expected)
+
+
+def test_modes_are_as_before_and_dropout_is_off(images) -> None:
+    module = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(3 * 16 * 16, 4))
+    tower = load_tower(
+        module,
+        image_processor=lambda image: (
+            torch.from_numpy(np.array(image)).permute(2, 0, 1)[:, :16, :16] / 255.0
+        ),
+    )
+    tower.train()
+    module[1].eval()
+    module[1].p = 0.5
+    first = embed_images(tower, images)
+    assert_close(embed_images(tower, images), first)
+    assert tower.training
+    assert not module[1].training
+
+
+def test_an_embedding_that_is_not_finite_is_named(tower, images) -> None:
+    with torch.no_grad():
+        tower.model.visual_projection.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="`embeddings` has NaN or infinite values in 48 of 48"):
+        embed_images(tower, images)
+
+
+def test_wrong_arguments_are_named(tower, images) -> None:
+    with pytest.raises(ValueError, match="`images` must have at least one image"):
+        embed_images(tower, [])
+    with pytest.raises(ValueError, match="`batch_size` must be at least 1"):
+        embed_images(tower, images, batch_size=0)
+
+
+def test_no_progress_bar_where_the_output_is_no_terminal(tower, images, capfd) -> None:
+    embed_images(tower, images)
+    assert capfd.readouterr().err == ""
