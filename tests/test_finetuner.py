@@ -1,0 +1,429 @@
+"""The training loop, against a loop written by hand."""
+
+import copy
+import json
+import math
+import random
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pytorch_metric_learning import losses as pml
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.data import BatchSampler, SequentialSampler
+
+from pairclip import (
+    AllPairsCosineLoss,
+    ClassBalancedSampler,
+    CosinePairLoss,
+    Finetuner,
+    History,
+    PairSampler,
+    VisionTower,
+    all_pairs_cosine_loss,
+    cosine_pair_loss,
+    evaluate,
+    load_tower,
+)
+
+SQUARED = AllPairsCosineLoss(negatives="squared", positive_fraction=0.5)
+
+
+def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.05)
+
+
+def weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def pixels_of(tower: VisionTower, pictures: np.ndarray) -> torch.Tensor:
+    return torch.stack([tower.preprocess(Image.fromarray(picture)) for picture in pictures])
+
+
+def test_it_trains_as_a_loop_by_hand_does(tower, images) -> None:
+    pictures, labels = images
+    by_hand = copy.deepcopy(tower)
+    sampler = ClassBalancedSampler(labels, 3, 4, seed=5)
+    finetuner = Finetuner(tower, SQUARED, optimizer=sgd, schedule="linear", warmup_ratio=0.25)
+    history = finetuner.fit(images, sampler=sampler, epochs=2)
+
+    pixels, classes = pixels_of(by_hand, pictures), torch.tensor(labels)
+    sampler = ClassBalancedSampler(labels, 3, 4, seed=5)
+    optimizer = sgd(list(by_hand.parameters()))
+    by_hand.train()
+    losses = []
+    factors = [1 / 3, 2 / 3, *(1 - i / 6 for i in range(6))]
+    for epoch in range(2):
+        for number, batch in enumerate(sampler):
+            optimizer.param_groups[0]["lr"] = 0.05 * factors[4 * epoch + number]
+            loss = all_pairs_cosine_loss(
+                by_hand(pixels[batch]), classes[batch], negatives="squared", positive_fraction=0.5
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(by_hand.parameters(), 1.0)
+            optimizer.step()
+            losses.append(loss.item())
+    assert_close(weights(tower), weights(by_hand))
+    assert [record["loss"] for record in history.steps] == pytest.approx(losses)
+    assert [record["learning_rate"] for record in history.steps] == pytest.approx(
+        [0.05 * factor for factor in factors]
+    )
+    assert [record["epoch"] for record in history.steps] == [0] * 4 + [1] * 4
+    assert [record["step"] for record in history.steps] == list(range(1, 9))
+
+
+def test_a_pair_loss_takes_the_pairs_of_its_sampler(tower, images) -> None:
+    pictures, labels = images
+    by_hand = copy.deepcopy(tower)
+    history = Finetuner(tower, CosinePairLoss(), optimizer=sgd, schedule="constant").fit(
+        images, batch_size=16, max_steps=1
+    )
+    batch = next(iter(PairSampler(labels, 8, seed=0)))
+    classes = torch.tensor(labels)[batch]
+    embeddings = by_hand.train()(pixels_of(by_hand, pictures[batch]))
+    expected = cosine_pair_loss(
+        *PairSampler.split(embeddings), classes[0::2] == classes[1::2]
+    ).item()
+    assert history.steps[0]["loss"] == pytest.approx(expected)
+
+
+def test_it_learns_to_tell_the_classes_apart(tower, images) -> None:
+    before = evaluate(tower, images)
+    Finetuner(tower, SQUARED, learning_rate=3e-3).fit(images, batch_size=24, epochs=15)
+    after = evaluate(tower, images)
+    assert after.mean_average_precision > max(0.95, before.mean_average_precision + 0.1)
+    assert after.gap > before.gap + 0.5
+
+
+def test_a_loss_of_pytorch_metric_learning_and_its_parameters_train(tower, images) -> None:
+    loss = pml.ArcFaceLoss(num_classes=3, embedding_size=12)
+    before = weights(loss)
+    history = Finetuner(tower, loss, learning_rate=1e-3).fit(images, batch_size=24, epochs=5)
+    assert history.steps[-1]["loss"] < history.steps[0]["loss"]
+    assert not weights(loss)["W"].equal(before["W"])
+
+
+def test_default_batches_hold_several_images_of_several_classes(tower, images) -> None:
+    seen = []
+
+    def loss(embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        seen.append(sorted(Counter(labels.tolist()).values()))
+        return SQUARED(embeddings, labels)
+
+    Finetuner(tower, loss).fit(images, batch_size=12, max_steps=1)
+    Finetuner(tower, loss).fit(images, batch_size=16, max_steps=1)
+    assert seen == [[4, 4, 4], [8, 8]]
+
+
+def test_classes_that_allow_no_balanced_batch_get_pairs(tower, images) -> None:
+    pictures, _ = images
+    labels = [0, 0, 0, 1, 1, 1]
+    history = Finetuner(tower, SQUARED).fit((pictures[:6], labels), batch_size=10, max_steps=2)
+    assert len(history.steps) == 2
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_same_seed_gives_the_same_weights_whatever_the_workers(
+    tower, images, num_workers
+) -> None:
+    class Jittered:
+        """Draws from all three global generators."""
+
+        def __init__(self, transform) -> None:
+            self.transform = transform
+
+        def __call__(self, image: Image.Image) -> torch.Tensor:
+            shift = random.random() + np.random.rand() + torch.rand(()).item()  # noqa: NPY002
+            return self.transform(image) + shift
+
+    expected = None
+    for workers, global_seed in ((0, 1), (num_workers, 2)):
+        torch.manual_seed(global_seed)
+        copied = copy.deepcopy(tower)
+        inner = copied.preprocess
+        copied.preprocess = Jittered(inner)
+        Finetuner(copied, SQUARED, seed=3).fit(
+            images, batch_size=12, max_steps=5, num_workers=workers
+        )
+        expected = expected or weights(copied)
+        for name, value in weights(copied).items():
+            assert value.equal(expected[name]), name
+
+
+def test_global_generators_are_as_before(tower, images) -> None:
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1]  # noqa: NPY002
+    Finetuner(tower, SQUARED).fit(images, batch_size=12, max_steps=2)
+    assert torch.get_rng_state().equal(states[0])
+    assert random.getstate() == states[1]
+    assert (np.random.get_state()[1] == states[2]).all()  # noqa: NPY002
+
+
+def test_evaluations_come_after_each_epoch_or_as_often_as_asked(tower, images) -> None:
+    finetuner = Finetuner(tower, SQUARED)
+    history = finetuner.fit(images, batch_size=12, epochs=2, eval_dataset=images)
+    assert [record["step"] for record in history.evaluations] == [4, 8]
+    history = finetuner.fit(images, batch_size=12, max_steps=5, eval_dataset=images, eval_every=2)
+    assert [record["step"] for record in history.evaluations] == [2, 4, 5]
+    expected = evaluate(tower, images).to_dict()
+    assert history.evaluations[-1] == {"step": 5, **expected}
+
+
+def test_history_goes_to_json_and_back(tower, images, tmp_path: Path) -> None:
+    history = Finetuner(tower, SQUARED).fit(images, batch_size=12, max_steps=2, eval_dataset=images)
+    history.to_json(tmp_path / "history.json")
+    assert History.from_json(tmp_path / "history.json") == history
+    json.loads((tmp_path / "history.json").read_text())
+
+
+def test_only_trainable_parameters_change_and_modes_are_as_before(tower, images) -> None:
+    tower.eval()
+    tower.model.vision_model.requires_grad_(False)
+    before = weights(tower)
+    Finetuner(tower, SQUARED, learning_rate=1e-2).fit(images, batch_size=12, max_steps=3)
+    changed = {name for name, value in weights(tower).items() if not value.equal(before[name])}
+    assert changed == {"model.visual_projection.weight"}
+    assert not any(module.training for module in tower.modules())
+    assert all(parameter.grad is None for parameter in tower.parameters())
+
+
+def test_weight_decay_is_for_matrices_only(tower, images) -> None:
+    before = weights(tower)
+
+    def none_at_all(embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return embeddings.sum() * 0
+
+    Finetuner(
+        tower, none_at_all, learning_rate=0.1, weight_decay=0.5, schedule="constant", warmup_ratio=0
+    ).fit(images, batch_size=12, max_steps=1)
+    for name, value in weights(tower).items():
+        factor = 0.95 if before[name].ndim >= 2 and before[name].is_floating_point() else 1
+        if "position_ids" not in name:
+            assert_close(value, before[name] * factor, msg=name)
+
+
+def test_bfloat16_trains_and_hands_the_loss_float32(tower, images) -> None:
+    seen = []
+
+    def loss(embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        seen.append((embeddings.dtype, (embeddings @ embeddings.T).dtype))
+        return SQUARED(embeddings, labels)
+
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        history = Finetuner(tower, loss, precision="bf16").fit(images, batch_size=12, max_steps=2)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert seen == [(torch.float32, torch.float32)] * 2
+    assert all(math.isfinite(record["loss"]) for record in history.steps)
+
+
+@pytest.mark.parametrize("what", ["loss", "embedding", "gradient"])
+def test_what_is_not_finite_stops_with_the_last_good_weights(tower, images, what: str) -> None:
+    good = []
+
+    def loss(embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        good.append(weights(tower))
+        value = SQUARED(embeddings, labels)
+        if len(good) < 3:
+            return value
+        if what == "embedding":
+            embeddings.data[0, 0] = float("inf")
+            return value
+        return value * float("nan") if what == "loss" else Poisoned.apply(value)
+
+    before = {"loss": "the loss is nan", "embedding": "an embedding is", "gradient": "gradient's"}
+    with pytest.raises(FloatingPointError, match=f"Stopped at step 3 of 9: .*{before[what]}"):
+        Finetuner(tower, loss, learning_rate=1e-3).fit(images, batch_size=12, max_steps=9)
+    for name, value in weights(tower).items():
+        assert value.equal(good[1][name]), name
+
+
+class Poisoned(torch.autograd.Function):
+    """Identity whose gradient is NaN."""
+
+    @staticmethod
+    def forward(ctx, value: torch.Tensor) -> torch.Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * float("nan")
+
+
+def test_a_rate_that_explodes_leaves_finite_weights(tower, images) -> None:
+    def huge(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=1e38)
+
+    with pytest.raises(FloatingPointError, match="Lower `learning_rate`"):
+        Finetuner(tower, SQUARED, optimizer=huge, max_grad_norm=None, warmup_ratio=0).fit(
+            images, batch_size=12, max_steps=4
+        )
+    assert all(parameter.isfinite().all() for parameter in tower.parameters())
+
+
+def test_any_module_with_a_preprocess_trains(images) -> None:
+    class ToTensor:
+        def __call__(self, image: Image.Image) -> torch.Tensor:
+            pixels = torch.from_numpy(np.array(image.resize((16, 16)))).permute(2, 0, 1)
+            return pixels / 255 - 0.5
+
+    tower = load_tower(nn.Sequential(nn.Flatten(), nn.Linear(768, 8)), image_processor=ToTensor())
+    history = Finetuner(tower, SQUARED, learning_rate=1e-2).fit(images, batch_size=24, epochs=10)
+    assert history.steps[-1]["loss"] < history.steps[0]["loss"] / 2
+
+
+def test_a_class_of_one_image_trains_and_is_counted_in_one_warning(tower, images) -> None:
+    pictures, labels = images
+    labels = [*labels[:-1], 9]
+    with pytest.warns(UserWarning, match="1 of 4 classes have one item") as caught:
+        Finetuner(tower, CosinePairLoss()).fit((pictures, labels), batch_size=12, epochs=2)
+    assert len(caught) == 1
+    with pytest.warns(UserWarning, match="1 of 4 classes have fewer than 4 items") as caught:
+        Finetuner(tower, SQUARED).fit((pictures, labels), batch_size=12, epochs=2)
+    assert len(caught) == 1
+
+
+def test_a_corrupt_image_is_named_by_a_worker_too(tower, images, tmp_path: Path) -> None:
+    pictures, labels = images
+    paths = []
+    for number, picture in enumerate(pictures):
+        paths.append(tmp_path / f"{number}.png")
+        Image.fromarray(picture).save(paths[-1])
+    paths[5].write_bytes(b"nothing")
+    for workers in (0, 1):
+        with pytest.raises(ValueError, match=r"Image 5 \(.*5\.png\) can't be read"):
+            Finetuner(tower, SQUARED).fit(
+                (paths, labels), batch_size=12, epochs=1, num_workers=workers
+            )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"loss": "cosine"}, TypeError, "`loss` must be callable, got 'cosine'"),
+        ({"learning_rate": 0.0}, ValueError, r"`learning_rate` must be positive.*got 0\.0"),
+        ({"learning_rate": math.nan}, ValueError, "`learning_rate` must be positive"),
+        ({"weight_decay": -1.0}, ValueError, "`weight_decay` must be at least 0"),
+        ({"warmup_ratio": 1.0}, ValueError, r"`warmup_ratio` must be in \[0, 1\), got 1"),
+        ({"schedule": "step"}, ValueError, "`schedule` must be one of 'cosine', 'linear', 'const"),
+        ({"precision": "half"}, ValueError, "`precision` must be one of 'auto'"),
+        ({"max_grad_norm": 0.0}, ValueError, "`max_grad_norm` must be positive, got 0"),
+        (
+            {"optimizer": sgd, "learning_rate": 1e-3},
+            ValueError,
+            "would be ignored. Set them in the `optimizer`",
+        ),
+    ],
+)
+def test_wrong_settings_are_errors(tower, arguments, error, message: str) -> None:
+    with pytest.raises(error, match=message):
+        Finetuner(tower, **{"loss": SQUARED, **arguments})
+
+
+def test_a_tower_must_be_one() -> None:
+    with pytest.raises(TypeError, match="`tower` must be a VisionTower, got Linear"):
+        Finetuner(nn.Linear(2, 2), SQUARED)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"epochs": 0}, ValueError, "`epochs` must be at least 1, got 0"),
+        ({"epochs": 2, "max_steps": 3}, ValueError, "`epochs` 2 would be ignored"),
+        ({"max_steps": 0}, ValueError, "`max_steps` must be at least 1"),
+        ({"eval_every": 2}, ValueError, "`eval_every` 2 would be ignored"),
+        ({"batch_size": 0}, ValueError, "`batch_size` must be at least 1"),
+        ({"batch_size": 31}, ValueError, "`batch_size` must be even for pairs, got 31"),
+        ({"batch_size": 466}, ValueError, "`batch_size` must be at most two per image"),
+        ({"sampler": 3}, TypeError, "`sampler` must have `__iter__` and `__len__`, got 3"),
+        (
+            {"sampler": ClassBalancedSampler([0, 0, 1, 1], 2, 2), "batch_size": 4},
+            ValueError,
+            "`batch_size` 4 would be ignored: `sampler` decides",
+        ),
+    ],
+)
+def test_wrong_fits_are_errors(tower, images, arguments, error, message: str) -> None:
+    with pytest.raises(error, match=message):
+        Finetuner(tower, SQUARED).fit(images, **arguments)
+
+
+def test_a_pair_loss_refuses_other_batches(tower, images) -> None:
+    sampler = ClassBalancedSampler(images[1], 3, 4)
+    with pytest.raises(ValueError, match="takes the pairs of a `PairSampler`, got ClassBalanced"):
+        Finetuner(tower, CosinePairLoss()).fit(images, sampler=sampler)
+
+
+def test_one_class_alone_can_form_no_batch(tower, images) -> None:
+    pictures, labels = images
+    for loss in (SQUARED, CosinePairLoss()):
+        with pytest.raises(ValueError, match="one class alone"):
+            Finetuner(tower, loss).fit((pictures, [0] * len(labels)), batch_size=12)
+
+
+def test_a_frozen_tower_is_refused(tower, images) -> None:
+    tower.requires_grad_(False)
+    with pytest.raises(ValueError, match="`tower` has no trainable parameter"):
+        Finetuner(tower, SQUARED).fit(images, batch_size=12)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (lambda e, y: e.sum(dim=1), r"must return one number for the batch, got shape \[12\]"),
+        (lambda e, y: 0.5, r"must return one number for the batch, got 0\.5"),
+        (lambda e, y: e.detach().sum(), "returned a value without a gradient"),
+        (CosinePairLoss(reduction="none"), "must return one number for the batch, got shape"),
+    ],
+)
+def test_a_loss_must_give_one_number_with_a_gradient(tower, images, value, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Finetuner(tower, value).fit(images, batch_size=12, max_steps=1)
+
+
+class Lists:
+    """A batch sampler that yields what it was given, and says any length."""
+
+    def __init__(self, batches: list, length: int) -> None:
+        self.batches, self.length = batches, length
+
+    def __iter__(self):
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return self.length
+
+
+@pytest.mark.parametrize(
+    ("sampler", "error", "message"),
+    [
+        (Lists([[0, 1, 2]], 2), ValueError, "yielded only 1 batches in epoch 0, but its len"),
+        (Lists([[0, 1, 2]] * 3, 2), ValueError, "yielded more batches in epoch 0, but its len"),
+        (Lists([0, 1], 2), TypeError, "must yield batches, lists of indices, got 0"),
+        (Lists([[0, 48]], 1), ValueError, r"indices must be in \[0, 48\)"),
+        (Lists([[-1, 0]], 1), ValueError, r"indices must be in \[0, 48\)"),
+        (Lists([[]], 1), ValueError, "indices must be in"),
+    ],
+)
+def test_samplers_that_break_their_word_are_errors(tower, images, sampler, error, message) -> None:
+    with pytest.raises(error, match=message):
+        Finetuner(tower, SQUARED).fit(images, sampler=sampler, epochs=2)
+
+
+def test_a_batch_sampler_of_torch_is_taken(tower, images) -> None:
+    sampler = BatchSampler(SequentialSampler(range(48)), 10, drop_last=False)
+    assert len(Finetuner(tower, SQUARED).fit(images, sampler=sampler, epochs=2).steps) == 10
+
+
+def test_no_progress_bar_where_the_output_is_no_terminal(tower, images, capfd) -> None:
+    Finetuner(tower, SQUARED).fit(images, batch_size=12, max_steps=2)
+    assert capfd.readouterr().err == ""
