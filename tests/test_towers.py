@@ -702,3 +702,8 @@ def test_modules_that_are_no_tower() -> None:
     nested = nn.Sequential(whole)
     with pytest.raises(ValueError, match=r"Sequential must turn .* got BaseModelOutputWithPooling"):
         load_tower(nested, image_processor=lambda image: to_pixels(image, 32))
+
+
+def test_no_progress_bar_where_the_output_is_no_terminal(folder, tmp_path, capfd) -> None:
+    load_tower(folder).save_pretrained(tmp_path / "again")
+    assert capfd.readouterr().err == ""

@@ -97,8 +97,8 @@ def all_pairs_cosine_loss(
 ) -> Tensor:
     """The pair loss over all ``B (B - 1) / 2`` pairs of a batch, without listing the pairs.
 
-    Linear costs O(B D) time and memory, through the sum of each class. Squared costs at most
-    O(B D^2), through second moments, or less through products of rows where those are fewer.
+    Linear costs ``O(B D)`` time and memory, through the sum of each class. Squared costs at most
+    ``O(B D^2)``, through second moments, or less through products of rows where those are fewer.
     Hinge looks at every pair of different classes, in blocks of rows. On a GPU, linear and hinge
     don't synchronise with the host. The gradient is computed in the forward pass; second
     derivatives are not supported.

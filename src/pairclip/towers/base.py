@@ -79,6 +79,9 @@ class VisionTower(nn.Module):
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write a folder that `transformers` and `load_tower` load again.
 
+        Args:
+            folder: Where to write; made if it is missing.
+
         Raises:
             NotImplementedError: For a tower that is neither CLIP nor SigLIP.
         """

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +13,11 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
-from transformers.utils import logging
 
 from pairclip.towers.base import VisionTower
 from pairclip.towers.clip import CLIPTower
 from pairclip.towers.plain import plain_tower
-from pairclip.towers.pretrained import PretrainedTower
+from pairclip.towers.pretrained import PretrainedTower, quiet
 from pairclip.towers.siglip import SiglipTower
 
 _FAMILIES: tuple[type[PretrainedTower], ...] = (CLIPTower, SiglipTower)
@@ -126,7 +123,7 @@ def _read(source: str | os.PathLike[str], processor: Any) -> tuple[type[Pretrain
     if not own:
         raise ValueError(_unsupported(f"'{source}'", model_type))
     auto: Any = AutoImageProcessor
-    with _quiet():
+    with quiet():
         model = _read_model(source, folder, own[0])
         if processor is None and _has_image_processor(folder):
             processor = auto.from_pretrained(folder, trust_remote_code=False)
@@ -232,14 +229,3 @@ def _unsupported(name: str, model_type: str | None) -> str:
             "fixed resolution, such as 'google/siglip2-base-patch16-224'."
         )
     return message + " Wrap another model in a module of its own and pass `image_processor`."
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the list of the text tower's weights, which are left out on purpose."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(40)  # ERROR
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+import sys
 import uuid
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import ImageProcessingMixin
+from transformers.utils import logging
 
 from pairclip import _checks
 from pairclip.towers.base import Preprocess, VisionTower
@@ -138,7 +142,8 @@ class PretrainedTower(VisionTower):
             # an old `model.safetensors` is preferred to new shards beside it.
             prefix = "" if hasattr(model, "vision_model") else "vision_model."
             state = {prefix + name: value for name, value in model.state_dict().items()}
-            model.save_pretrained(unfinished, state_dict=state, max_shard_size="1000GB")
+            with quiet():
+                model.save_pretrained(unfinished, state_dict=state, max_shard_size="1000GB")
             self.image_processor.save_pretrained(unfinished)
             if folder.exists():
                 for file in unfinished.iterdir():
@@ -147,6 +152,21 @@ class PretrainedTower(VisionTower):
                 os.replace(unfinished, folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep `transformers` from listing text weights, and from progress bars off a terminal."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _check_image_size(image_size: int, patch_size: int) -> None:
