@@ -1,0 +1,271 @@
+"""Fine-tune a CLIP vision tower on CIFAR-10, or on your own folder of images.
+
+    python examples/cifar10.py                                # CIFAR-10 and CLIP, downloaded
+    python examples/cifar10.py --data FOLDER --model FOLDER   # your images, a local tower
+    python examples/cifar10.py --offline                      # no network: digits, a tiny tower
+
+Writes the figures, pictures before and after, and the tuned tower into --output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Subset
+
+import pairclip
+
+OFFLINE_NOTE = (
+    "offline stand-in: scikit-learn's digits and a small random tower, not CIFAR-10 and CLIP"
+)
+NO_NETWORK_HELP = (
+    "Without a network, use --offline, or --data FOLDER with your images and --model FOLDER with "
+    "a tower that transformers saved."
+)
+
+
+@dataclass
+class Data:
+    """The images to train on, to evaluate on, and of classes that are not trained on."""
+
+    train: Any
+    test: Any
+    held_out: Any
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Command line arguments, with the defaults that depend on --offline filled in."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--offline", action="store_true", help="needs no network: digits and a small random tower")
+    add("--data", type=Path, help="folder with train/ and test/, or with a folder for each class")
+    add("--model", default="openai/clip-vit-base-patch32", help="hub id or folder of the tower")
+    add("--test-fraction", type=float, default=0.2, help="share to hold out if there is no test/")
+    add("--train-per-class", type=int, help="training images of each class (default: all)")
+    add("--test-per-class", type=int, default=200, help="evaluated images of each class")
+    add("--epochs", type=int, help="(default: 2; offline 80)")
+    add("--batch-size", type=int, default=128)
+    add("--learning-rate", type=float, help="(default: 1e-5; offline 2e-3)")
+    add("--negatives", choices=["linear", "hinge", "squared"], default="squared")
+    add("--margin", type=float, help="of the hinge (default: 0.2)")
+    add("--pairs", choices=["sampled", "all"], default="all", help="pairs of a batch that count")
+    add("--image-size", type=int, help="pixels (default: the tower's own)")
+    add("--hold-out-classes", default="", metavar="A,B", help="not trained on, evaluated apart")
+    add("--download-dir", type=Path, default=Path("runs/data"), help="where CIFAR-10 goes")
+    add("--num-workers", type=int, default=0, help="processes that load images")
+    add("--seed", type=int, default=0)
+    add("--output", type=Path, default=Path("runs/cifar10"))
+    args = parser.parse_args(arguments)
+    if args.offline and args.data:
+        parser.error("--offline brings its own images: leave out --data")
+    if args.offline and args.model != parser.get_default("model"):
+        parser.error("--offline brings its own tower: leave out --model")
+    if args.epochs is None:
+        args.epochs = 80 if args.offline else 2
+    if args.learning_rate is None:
+        args.learning_rate = 2e-3 if args.offline else 1e-5
+    if args.margin is None:
+        args.margin = 0.2 if args.negatives == "hinge" else 0.0
+    return args
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Evaluate, fine-tune, evaluate again, and write what changed."""
+    args = parse(arguments)
+    if args.offline:
+        print(f"OFFLINE: {OFFLINE_NOTE}.")
+    config = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
+    if args.offline:
+        config |= {"data": "scikit-learn digits", "model": "random", "note": OFFLINE_NOTE}
+    print("Settings:", ", ".join(f"{k}={v}" for k, v in config.items() if v not in (None, "")))
+    try:
+        run(args, config)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def run(args: argparse.Namespace, config: dict[str, Any]) -> None:
+    """Do the work for parsed arguments."""
+    torch.manual_seed(args.seed)
+    data = offline_data(args) if args.offline else load_data(args)
+    tower = offline_tower() if args.offline else load_tower(args)
+    print(f"{len(data.train)} images to train on, {len(data.test)} to evaluate on.")
+
+    before = pairclip.evaluate(tower, data.test, num_workers=args.num_workers)
+    unseen_before = data.held_out and pairclip.evaluate(tower, data.held_out)
+    shown = pictures_to_show(data.test)
+    similarity_before = pairclip.similarity_matrix(pairclip.embed_images(tower, shown))
+
+    finetuner = pairclip.Finetuner(
+        tower, new_loss(args), learning_rate=args.learning_rate, seed=args.seed
+    )
+    history = finetuner.fit(
+        data.train, batch_size=args.batch_size, epochs=args.epochs, num_workers=args.num_workers
+    )
+
+    after = pairclip.evaluate(tower, data.test, num_workers=args.num_workers)
+    unseen_after = data.held_out and pairclip.evaluate(tower, data.held_out)
+    similarity_after = pairclip.similarity_matrix(pairclip.embed_images(tower, shown))
+    print("\n" + after.to_markdown(before))
+    metrics = {"before": before.to_dict(), "after": after.to_dict(), "config": config}
+    if unseen_before and unseen_after:
+        print(f"\nClasses that were not trained on ({args.hold_out_classes}):\n")
+        print(unseen_after.to_markdown(unseen_before))
+        metrics["held_out_classes"] = {
+            "before": unseen_before.to_dict(),
+            "after": unseen_after.to_dict(),
+        }
+
+    output = args.output
+    output.mkdir(parents=True, exist_ok=True)
+    note = "\n(offline: digits, random tower)" if args.offline else ""
+    (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    for when, similarity, evaluation in [
+        ("before", similarity_before, before),
+        ("after", similarity_after, after),
+    ]:
+        pairclip.plot_similarity_matrix(
+            shown,
+            similarity,
+            title=f"Similarity of held-out images {when} fine-tuning{note}",
+            path=output / f"similarity_{when}.png",
+        )
+        pairclip.plot_class_similarity(
+            evaluation,
+            title=f"Mean similarity of classes {when} fine-tuning{note}",
+            path=output / f"class_similarity_{when}.png",
+        )
+    pairclip.plot_history(history, title=f"Fine-tuning{note}", path=output / "history.png")
+    tower.save_pretrained(output / "tower")
+    print(f"\nFigures, pictures and the tuned tower are in {output}.")
+
+
+def new_loss(args: argparse.Namespace) -> Any:
+    """The loss on sampled pairs, or on all pairs of a batch, half of the weight on either kind."""
+    if args.pairs == "sampled":
+        return pairclip.CosinePairLoss(negatives=args.negatives, margin=args.margin)
+    return pairclip.AllPairsCosineLoss(
+        negatives=args.negatives, margin=args.margin, positive_fraction=0.5
+    )
+
+
+def pictures_to_show(dataset: Any, count: int = 8) -> list[Any]:
+    """The first images of the first classes, two of each."""
+    labels = pairclip.labels_of(dataset)
+    chosen = [i for label in labels.unique() for i in (labels == label).nonzero()[:2, 0].tolist()]
+    images = pairclip.LabelledImages(dataset)
+    return [images[i][0] for i in chosen[:count]]
+
+
+def load_tower(args: argparse.Namespace) -> pairclip.VisionTower:
+    """The tower of --model."""
+    device = "cuda" if torch.cuda.is_available() else None
+    try:
+        return pairclip.load_tower(args.model, device=device, image_size=args.image_size)
+    except OSError as error:
+        raise SystemExit(f"error: {error}\n{NO_NETWORK_HELP}") from error
+
+
+def load_data(args: argparse.Namespace) -> Data:
+    """The images of --data, or CIFAR-10."""
+    from torchvision.datasets import CIFAR10, ImageFolder
+
+    if args.data is None:
+        try:
+            train = CIFAR10(args.download_dir, train=True, download=True)
+            test = CIFAR10(args.download_dir, train=False, download=True)
+        except (OSError, RuntimeError) as error:
+            raise SystemExit(
+                f"error: CIFAR-10 could not be downloaded: {error}\n{NO_NETWORK_HELP}"
+            ) from error
+        return divide(train, test, args)
+    if (args.data / "train").is_dir() and (args.data / "test").is_dir():
+        train, test = (ImageFolder(args.data / part) for part in ("train", "test"))
+        if train.classes != test.classes:
+            raise ValueError(f"train/ and test/ of {args.data} must have the same classes.")
+        return divide(train, test, args)
+    images = ImageFolder(args.data / "train" if (args.data / "train").is_dir() else args.data)
+    return split(images, args)
+
+
+def split(images: Any, args: argparse.Namespace) -> Data:
+    """Hold out --test-fraction of each class."""
+    if not 0 < args.test_fraction < 1:
+        raise ValueError(f"--test-fraction must be between 0 and 1, got {args.test_fraction}.")
+    labels = pairclip.labels_of(images).numpy()
+    shuffled = np.random.default_rng(args.seed).permutation(len(labels))
+    test = np.concatenate(
+        [
+            of_class[: max(1, round(args.test_fraction * len(of_class)))]
+            for label in np.unique(labels)
+            for of_class in [shuffled[labels[shuffled] == label]]
+        ]
+    )
+    train = np.setdiff1d(shuffled, test)
+    return divide(Subset(images, train.tolist()), Subset(images, np.sort(test).tolist()), args)
+
+
+def divide(train: Any, test: Any, args: argparse.Namespace) -> Data:
+    """Take out the held-out classes, and as many images per class as were asked for."""
+    held_out = [name for name in args.hold_out_classes.split(",") if name]
+    classes = pairclip.class_names_of(train) or []
+    unknown = sorted(set(held_out) - set(classes))
+    if unknown:
+        raise ValueError(f"--hold-out-classes has {unknown}; the classes are {classes}.")
+    unseen = {classes.index(name) for name in held_out}
+    seen = set(range(len(classes))) - unseen
+    return Data(
+        train=some_of(train, seen, args.train_per_class, args.seed),
+        test=some_of(test, seen, args.test_per_class, args.seed),
+        held_out=some_of(test, unseen, args.test_per_class, args.seed) if unseen else None,
+    )
+
+
+def some_of(dataset: Any, classes: set[int], per_class: int | None, seed: int) -> Any:
+    """A random subset of the classes' images, in the dataset's order."""
+    labels = pairclip.labels_of(dataset).numpy()
+    shuffled = np.random.default_rng(seed).permutation(len(labels))
+    chosen = [shuffled[labels[shuffled] == label][:per_class] for label in sorted(classes)]
+    return Subset(dataset, np.sort(np.concatenate(chosen)).tolist())
+
+
+def offline_data(args: argparse.Namespace) -> Data:
+    """Digits of scikit-learn, 8 x 8 pixels, with a third held out."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = (digits.images * (255 / 16)).astype(np.uint8)
+    args.test_fraction = 1 / 3
+    return split((images, [str(digit) for digit in digits.target]), args)
+
+
+def offline_tower() -> pairclip.VisionTower:
+    """A small CLIP vision tower with random weights."""
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    config = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=16,
+        patch_size=4,
+        projection_dim=32,
+    )
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+    )
+    return pairclip.load_tower(CLIPVisionModelWithProjection(config), image_processor=processor)
+
+
+if __name__ == "__main__":
+    main()
