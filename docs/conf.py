@@ -1,5 +1,10 @@
 """Sphinx configuration."""
 
+from docutils import nodes
+from sphinx.addnodes import pending_xref
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+
 import pairclip
 
 project = "pairclip"
@@ -18,6 +23,8 @@ exclude_patterns = ["_build", "figures/*.py"]
 html_theme = "furo"
 html_title = "pairclip"
 nitpicky = False
+# `load_tower` in a docstring becomes a link where it names something, and code elsewhere.
+default_role = "py:obj"
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
@@ -33,3 +40,20 @@ doctest_global_setup = """
 import torch
 torch.manual_seed(0)
 """
+
+
+def resolve_public_name(
+    app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode: nodes.Element
+) -> nodes.Element | None:
+    """Link a public name, as users import it, to where its module's page documents it."""
+    name, _, attribute = node.get("reftarget", "").removeprefix("pairclip.").partition(".")
+    if node.get("refdomain") != "py" or name not in pairclip._MODULE_OF:
+        return None
+    target = f"pairclip.{pairclip._MODULE_OF[name]}.{name}" + (attribute and f".{attribute}")
+    return env.domains["py"].resolve_xref(
+        env, node["refdoc"], app.builder, "obj", target, node, contnode
+    )
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("missing-reference", resolve_public_name)
