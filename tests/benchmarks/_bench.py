@@ -1,0 +1,232 @@
+"""What the benchmarks share: worker processes with limits, tables, results as JSON.
+
+A script starts itself again with ``--worker JOB`` for each row, so that no row sees another's
+memory, threads or imports. Linux only: memory is read from /proc.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Row = dict[str, Any]
+
+MEASURED = "measured"
+NOT_INSTALLED = "not installed"
+OUT_OF_MEMORY = "out of memory"
+TIMED_OUT = "timed out"
+FAILED = "failed"
+
+_PACKAGES = (
+    "pairclip",
+    "torch",
+    "numpy",
+    "pytorch-metric-learning",
+    "sentence-transformers",
+    "open-metric-learning",
+)
+
+
+class Limits(NamedTuple):
+    """What a worker may use."""
+
+    memory_gib: float
+    seconds: float
+
+
+class Criterion(NamedTuple):
+    """A number that must be at most, or at least, a limit; None if it was not measured."""
+
+    claim: str
+    limit: float
+    value: float | None
+    at_least: bool = False
+
+    @property
+    def met(self) -> bool:
+        if self.value is None:
+            return False
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+
+def parser_for(script: str, doc: str | None) -> argparse.ArgumentParser:
+    """Arguments that every benchmark has."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    results = Path(script).parent / "results" / f"{Path(script).stem}.json"
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a criterion fails")
+    parser.add_argument("--json", type=Path, default=results, help="where the results go")
+    parser.add_argument("--memory-gib", type=float, default=16, help="memory limit of a worker")
+    parser.add_argument("--seconds", type=float, default=300, help="time limit of a worker")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser
+
+
+def run_worker(
+    script: str, job: Row, limits: Limits, environment: dict[str, str] | None = None
+) -> Row:
+    """Start the script anew for one job; returns the job, the outcome and what it measured."""
+    limited = job | {"memory_bytes": int(limits.memory_gib * 2**30)}
+    command = [sys.executable, script, "--worker", json.dumps(limited)]
+    try:
+        done = subprocess.run(
+            command,
+            env=os.environ | (environment or {}),
+            capture_output=True,
+            text=True,
+            timeout=limits.seconds,
+        )
+    except subprocess.TimeoutExpired:
+        result: Row = {"outcome": TIMED_OUT}
+    else:
+        result = _result_of(done)
+    row = job | result
+    print(" ".join(f"{key}={value}" for key, value in row.items()), file=sys.stderr, flush=True)
+    return row
+
+
+def _result_of(done: subprocess.CompletedProcess[str]) -> Row:
+    if done.returncode == 0:
+        result: Row = json.loads(done.stdout.splitlines()[-1])
+        return result
+    # The kernel kills for memory; C++ code that can't allocate aborts.
+    if done.returncode == -signal.SIGKILL or "std::bad_alloc" in done.stderr:
+        return {"outcome": OUT_OF_MEMORY}
+    return {"outcome": FAILED, "detail": f"exit {done.returncode}: {done.stderr[-2000:]}"}
+
+
+def serve(job: str, measure: Callable[[Row], Row]) -> None:
+    """Do one job in this process, under its memory limit, and print the result."""
+    settings = json.loads(job)
+    memory = settings.pop("memory_bytes")
+    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    try:
+        result = {"outcome": MEASURED} | measure(settings)
+    except ModuleNotFoundError as error:
+        result = {"outcome": NOT_INSTALLED, "detail": str(error)}
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        result = {"outcome": OUT_OF_MEMORY}
+    print(json.dumps(result))
+
+
+def resident_bytes() -> int:
+    """Memory of this process now, with all that it has mapped and touched."""
+    return _status("VmRSS")
+
+
+def peak_bytes() -> int:
+    """Highest `resident_bytes` since `reset_peak`."""
+    return _status("VmHWM")
+
+
+def reset_peak() -> None:
+    """Let `peak_bytes` start from the present."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(field: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    found = re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)
+    if found is None:
+        raise OSError(f"/proc/self/status has no {field}.")
+    return 1024 * int(found[1])
+
+
+def ratio(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one / other
+
+
+def number(value: float | None, unit: str = "") -> str:
+    """Three significant digits; nothing for None."""
+    return "" if value is None else f"{float(f'{value:.3g}'):,.10g}{unit}"
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, aligned for reading as text; the first column is to the left."""
+    cells = [list(headers), *map(list, rows)]
+    widths = [max(3, *(len(line[i]) for line in cells)) for i in range(len(headers))]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+
+    def joined(line: Sequence[str]) -> str:
+        first, *others = zip(line, widths, strict=True)
+        return " | ".join([first[0].ljust(first[1]), *(text.rjust(n) for text, n in others)])
+
+    return "\n".join(f"| {joined(line)} |" for line in [cells[0], rule, *cells[1:]])
+
+
+def criteria_table(criteria: Iterable[Criterion]) -> str:
+    return table(
+        ["criterion", "limit", "measured", "met"],
+        [
+            [
+                criterion.claim,
+                f"{'>=' if criterion.at_least else '<='} {number(criterion.limit)}",
+                number(criterion.value) or "not measured",
+                "yes" if criterion.met else "NO",
+            ]
+            for criterion in criteria
+        ],
+    )
+
+
+def finish(arguments: argparse.Namespace, rows: list[Row], criteria: list[Criterion]) -> int:
+    """Print the criteria, write everything as JSON, and return the exit status."""
+    print(f"\n{criteria_table(criteria)}")
+    _write(arguments, rows, criteria)
+    print(f"\n{describe_machine()}. Written to {arguments.json}.")
+    missing = {row["detail"] for row in rows if row["outcome"] == NOT_INSTALLED}
+    for detail in sorted(missing):
+        print(f"Not installed: {detail}.")
+    failed = [row for row in rows if row["outcome"] == FAILED]
+    for row in failed:
+        print(f"\nA worker failed: {row}", file=sys.stderr)
+    unmet = [criterion for criterion in criteria if not criterion.met]
+    if arguments.check:
+        for criterion in unmet:
+            shown = number(criterion.value) or "not measured"
+            print(f"Not met: {criterion.claim} ({shown})", file=sys.stderr)
+    return int(bool(failed) or (arguments.check and bool(unmet)))
+
+
+def _write(arguments: argparse.Namespace, rows: list[Row], criteria: list[Criterion]) -> None:
+    path: Path = arguments.json
+    settings = vars(arguments).items()
+    document = {
+        "settings": {k: v for k, v in settings if k not in ("check", "json", "worker")},
+        "machine": describe_machine(),
+        "when": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": {name: version_of(name) for name in _PACKAGES},
+        "rows": rows,
+        "criteria": [criterion._asdict() | {"met": criterion.met} for criterion in criteria],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def describe_machine() -> str:
+    models = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    versions = ", ".join(f"{name} {version_of(name) or 'missing'}" for name in _PACKAGES)
+    cpu = models[0] if models else platform.machine()
+    return f"{os.cpu_count()} x {cpu}, Python {platform.python_version()}, {versions}"
