@@ -52,12 +52,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--test-fraction", type=float, default=0.2, help="share to hold out if there is no test/")
     add("--train-per-class", type=int, help="training images of each class (default: all)")
     add("--test-per-class", type=int, default=200, help="evaluated images of each class")
-    add("--epochs", type=int, help="(default: 2; offline 80)")
+    add("--epochs", type=int, help="(default: 2; offline 90)")
     add("--batch-size", type=int, default=128)
-    add("--learning-rate", type=float, help="(default: 1e-5; offline 2e-3)")
+    add("--learning-rate", type=float, help="(default: 1e-5; offline 1e-3)")
     add("--negatives", choices=["linear", "hinge", "squared"], default="squared")
     add("--margin", type=float, help="of the hinge (default: 0.2)")
     add("--pairs", choices=["sampled", "all"], default="all", help="pairs of a batch that count")
+    add(
+        "--positive-fraction",
+        type=float,
+        help="weight or share of pairs of one class (default: 0.5; offline 0.2)",
+    )
     add("--image-size", type=int, help="pixels (default: the tower's own)")
     add("--hold-out-classes", default="", metavar="A,B", help="not trained on, evaluated apart")
     add("--download-dir", type=Path, default=Path("runs/data"), help="where CIFAR-10 goes")
@@ -70,9 +75,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.offline and args.model != parser.get_default("model"):
         parser.error("--offline brings its own tower: leave out --model")
     if args.epochs is None:
-        args.epochs = 80 if args.offline else 2
+        args.epochs = 90 if args.offline else 2
     if args.learning_rate is None:
-        args.learning_rate = 2e-3 if args.offline else 1e-5
+        args.learning_rate = 1e-3 if args.offline else 1e-5
+    if args.positive_fraction is None:
+        args.positive_fraction = 0.2 if args.offline else 0.5
     if args.margin is None:
         args.margin = 0.2 if args.negatives == "hinge" else 0.0
     return args
@@ -105,12 +112,7 @@ def run(args: argparse.Namespace, config: dict[str, Any]) -> None:
     shown = pictures_to_show(data.test)
     similarity_before = pairclip.similarity_matrix(pairclip.embed_images(tower, shown))
 
-    finetuner = pairclip.Finetuner(
-        tower, new_loss(args), learning_rate=args.learning_rate, seed=args.seed
-    )
-    history = finetuner.fit(
-        data.train, batch_size=args.batch_size, epochs=args.epochs, num_workers=args.num_workers
-    )
+    history = train(tower, data.train, args)
 
     after = pairclip.evaluate(tower, data.test, num_workers=args.num_workers)
     unseen_after = data.held_out and pairclip.evaluate(tower, data.held_out)
@@ -149,13 +151,23 @@ def run(args: argparse.Namespace, config: dict[str, Any]) -> None:
     print(f"\nFigures, pictures and the tuned tower are in {output}.")
 
 
-def new_loss(args: argparse.Namespace) -> Any:
-    """The loss on sampled pairs, or on all pairs of a batch, half of the weight on either kind."""
+def train(tower: pairclip.VisionTower, dataset: Any, args: argparse.Namespace) -> pairclip.History:
+    """Fine-tune on sampled pairs, or on all pairs of class-balanced batches."""
+    form = {"negatives": args.negatives, "margin": args.margin}
     if args.pairs == "sampled":
-        return pairclip.CosinePairLoss(negatives=args.negatives, margin=args.margin)
-    return pairclip.AllPairsCosineLoss(
-        negatives=args.negatives, margin=args.margin, positive_fraction=0.5
-    )
+        loss: Any = pairclip.CosinePairLoss(**form)
+        sampler = pairclip.PairSampler(
+            pairclip.labels_of(dataset),
+            args.batch_size // 2,
+            positive_fraction=args.positive_fraction,
+            seed=args.seed,
+        )
+        batches: dict[str, Any] = {"sampler": sampler}
+    else:
+        loss = pairclip.AllPairsCosineLoss(positive_fraction=args.positive_fraction, **form)
+        batches = {"batch_size": args.batch_size}
+    finetuner = pairclip.Finetuner(tower, loss, learning_rate=args.learning_rate, seed=args.seed)
+    return finetuner.fit(dataset, epochs=args.epochs, num_workers=args.num_workers, **batches)
 
 
 def pictures_to_show(dataset: Any, count: int = 8) -> list[Any]:
