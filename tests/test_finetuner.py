@@ -259,13 +259,17 @@ class Poisoned(torch.autograd.Function):
         return gradient * float("nan")
 
 
-def test_a_rate_that_explodes_leaves_finite_weights(tower, images) -> None:
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_rate_that_explodes_leaves_finite_weights(tower, images, steps: int) -> None:
     def huge(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, lr=1e38)
 
+    def steep(embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return SQUARED(embeddings, labels) * 1e10
+
     with pytest.raises(FloatingPointError, match="Lower `learning_rate`"):
-        Finetuner(tower, SQUARED, optimizer=huge, max_grad_norm=None, warmup_ratio=0).fit(
-            images, batch_size=12, max_steps=4
+        Finetuner(tower, steep, optimizer=huge, max_grad_norm=None, warmup_ratio=0).fit(
+            images, batch_size=12, max_steps=steps
         )
     assert all(parameter.isfinite().all() for parameter in tower.parameters())
 

@@ -97,8 +97,8 @@ def deal(
     """``chunks.sum()`` items from shuffled decks, the last one incomplete.
 
     So counts differ by at most one. With `distinct`, the items of each chunk, at most
-    ``len(items)`` of them, are distinct. The incomplete deck's items rotate over the epochs, so
-    that all items have their turn.
+    ``len(items)`` of them, are distinct. The key is the seed, and how many items earlier epochs
+    dealt: the incomplete deck takes up where they ended, so that all items have their turn.
     """
     total, size = int(chunks.sum()), len(items)
     if not total:
@@ -141,6 +141,7 @@ def shuffled_after(
 
 
 def group(labels: Any) -> Groups:
+    """Sort the items by class."""
     array = _checks.label_array("labels", labels)
     if not len(array):
         raise ValueError("`labels` must have at least one item, got none.")
@@ -154,6 +155,7 @@ def group(labels: Any) -> Groups:
 
 
 def num_batches_of(num_batches: int | None, num_items: int, per_batch: int) -> int:
+    """Batches of an epoch: as many as were asked for, or as cover all items."""
     if num_batches is None:
         return -(-num_items // per_batch)
     _checks.check_positive_int("num_batches", num_batches)
@@ -161,6 +163,7 @@ def num_batches_of(num_batches: int | None, num_items: int, per_batch: int) -> i
 
 
 def checked_count(name: str, value: object) -> int:
+    """Return `value` as an int, or raise unless it is an integer of at least 0."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"`{name}` must be an integer, got {value!r}.")
     if value < 0:

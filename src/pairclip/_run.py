@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -91,6 +91,12 @@ class Run:
             "gradient_norm": gradient_norm,
         }
 
+    def check_weights(self) -> None:
+        """Take back the last step if it left a weight that isn't finite."""
+        sums = torch.stack([p.detach().sum(dtype=torch.float64) for p in self.parameters])
+        if not bool(sums.isfinite().all()):
+            self._stop(self.num_steps, "a weight is not finite after it")
+
     def _check_finite(self, step: int, loss: float, total: float, gradient_norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(total):
             # In float16 the scaler skips a step whose gradient overflows.
@@ -101,6 +107,9 @@ class Run:
             what = "an embedding is not finite"
         else:
             what = f"the loss is {loss}"
+        self._stop(step, what)
+
+    def _stop(self, step: int, what: str) -> NoReturn:
         for good, parameter in zip(self.good, self.parameters, strict=True):
             parameter.detach().copy_(good)
         raise FloatingPointError(

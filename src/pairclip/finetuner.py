@@ -221,6 +221,7 @@ class Finetuner:
                 if evaluated is not None and due:
                     figures = evaluate(self.tower, evaluated).to_dict()
                     history.evaluations.append({"step": step, **figures})
+            run.check_weights()
         history.skipped_steps = run.skipped_steps
         return history
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -151,23 +152,18 @@ class PairSampler(EpochSampler):
             )
 
     def _alone_before(self, epoch: int) -> int:
-        """Anchors before an epoch that were lone items."""
+        """Anchors before an epoch that were lone items: their share, or what batches allow."""
         fewest, most = self._alone_per_batch()
-        share, exact = self._alone_share(1)
-        if share < self._num_batches * fewest:
-            return epoch * self._num_batches * fewest
-        if share + exact > self._num_batches * most:
-            return epoch * self._num_batches * most
-        return self._alone_share(epoch)[0]
+        per_epoch = max(self._alone_share(), Fraction(self._num_batches * fewest))
+        return int(epoch * min(per_epoch, Fraction(self._num_batches * most)))
 
-    def _alone_share(self, epochs: int) -> tuple[int, bool]:
-        """Anchors that lone items would be if all came alike, and whether there's a remainder."""
+    def _alone_share(self) -> Fraction:
+        """Anchors of an epoch that lone items would be if all items, or classes, came alike."""
         if self.class_balanced:
             alone, all_of_them = len(self._alone_classes), len(self._groups.counts)
         else:
             alone, all_of_them = len(self._alone), len(self._groups.order)
-        share, rest = divmod(epochs * self._num_batches * self.pairs_per_batch * alone, all_of_them)
-        return share, rest > 0
+        return Fraction(self._num_batches * self.pairs_per_batch * alone, all_of_them)
 
     def _alone_per_batch(self) -> tuple[int, int]:
         """Fewest and most anchors of a batch that are the only item of their class."""
@@ -185,10 +181,9 @@ class PairSampler(EpochSampler):
         if not self._matching or not len(self._alone):
             return
         excess = ""
-        places = self._alone_before(1)
-        if places < self._alone_share(1)[0]:
+        if self._num_batches * self._alone_per_batch()[1] < self._alone_share():
             excess = " There are too few such pairs, so these items come less often than others."
-            left_out = len(self._alone) - places
+            left_out = len(self._alone) - self._alone_before(1)
             whole_epoch = self._num_batches * self.pairs_per_batch >= len(self._groups.order)
             if whole_epoch and left_out > 0 and not self.class_balanced:
                 excess = (
