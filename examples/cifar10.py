@@ -41,43 +41,54 @@ class Data:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line arguments, with the defaults that depend on --offline filled in."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    clip, folder = "openai/clip-vit-base-patch32", Path("runs/cifar10")
+
+    def add(flag: str, help_text: str, default: Any = None, **options: Any) -> None:
+        shown = "" if default in (None, "") else f" (default: {default})"
+        parser.add_argument(flag, help=help_text + shown, default=default, **options)
+
+    parser.add_argument(
+        "--offline", action="store_true", help="needs no network: digits and a small random tower"
     )
-    add = parser.add_argument
-    add("--offline", action="store_true", help="needs no network: digits and a small random tower")
-    add("--data", type=Path, help="folder with train/ and test/, or with a folder for each class")
-    add("--model", default="openai/clip-vit-base-patch32", help="hub id or folder of the tower")
-    add("--test-fraction", type=float, default=0.2, help="share to hold out if there is no test/")
-    add("--train-per-class", type=int, help="training images of each class (default: all)")
-    add("--test-per-class", type=int, default=200, help="evaluated images of each class")
-    add("--epochs", type=int, help="(default: 2; offline 90)")
-    add("--batch-size", type=int, default=128)
-    add("--learning-rate", type=float, help="(default: 1e-5; offline 1e-3)")
-    add("--negatives", choices=["linear", "hinge", "squared"], default="squared")
-    add("--margin", type=float, help="of the hinge (default: 0.2)")
-    add("--pairs", choices=["sampled", "all"], default="all", help="pairs of a batch that count")
+    add("--data", "folder with train/ and test/, or with a folder for each class", type=Path)
+    add("--model", "hub id or folder of the tower", clip)
+    add("--test-fraction", "share to hold out if there is no test/ (default: 0.2)", type=float)
+    add("--train-per-class", "training images of each class (default: all)", type=int)
+    add("--test-per-class", "evaluated images of each class", 200, type=int)
+    add("--epochs", "(default: 2; offline 90)", type=int)
+    add("--batch-size", "images per batch", 128, type=int)
+    add(
+        "--learning-rate",
+        "(default: 6e-4 below 10 million parameters, else 1e-5; offline 1e-3)",
+        type=float,
+    )
+    add("--negatives", "cost of unlike pairs", "squared", choices=["linear", "hinge", "squared"])
+    add("--margin", "of the hinge (default: 0.2)", type=float)
+    add("--pairs", "pairs of a batch that count", "all", choices=["sampled", "all"])
     add(
         "--positive-fraction",
+        "weight or share of pairs of one class (default: 0.5; offline 0.2)",
         type=float,
-        help="weight or share of pairs of one class (default: 0.5; offline 0.2)",
     )
-    add("--image-size", type=int, help="pixels (default: the tower's own)")
-    add("--hold-out-classes", default="", metavar="A,B", help="not trained on, evaluated apart")
-    add("--download-dir", type=Path, default=Path("runs/data"), help="where CIFAR-10 goes")
-    add("--num-workers", type=int, default=0, help="processes that load images")
-    add("--seed", type=int, default=0)
-    add("--output", type=Path, default=Path("runs/cifar10"))
+    add("--image-size", "pixels (default: the tower's own)", type=int)
+    add("--hold-out-classes", "not trained on, evaluated apart", "", metavar="A,B")
+    add("--download-dir", "where CIFAR-10 goes", Path("runs/data"), type=Path)
+    add("--num-workers", "processes that load images", 0, type=int)
+    add("--seed", "decides split, batches and offline weights", 0, type=int)
+    add("--output", "where results go", folder, type=Path)
     args = parser.parse_args(arguments)
-    if args.offline and args.data:
-        parser.error("--offline brings its own images: leave out --data")
-    if args.offline and args.model != parser.get_default("model"):
-        parser.error("--offline brings its own tower: leave out --model")
+    for flag, given in [
+        ("--data", args.data),
+        ("--model", args.model != clip),
+        ("--image-size", args.image_size),
+    ]:
+        if args.offline and given:
+            parser.error(f"--offline brings its own images and tower: leave out {flag}")
+    if args.test_fraction is None:
+        args.test_fraction = 1 / 3 if args.offline else 0.2
     if args.epochs is None:
         args.epochs = 90 if args.offline else 2
-    if args.learning_rate is None:
-        args.learning_rate = 1e-3 if args.offline else 1e-5
     if args.positive_fraction is None:
         args.positive_fraction = 0.2 if args.offline else 0.5
     if args.margin is None:
@@ -90,21 +101,23 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     if args.offline:
         print(f"OFFLINE: {OFFLINE_NOTE}.")
-    config = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
-    if args.offline:
-        config |= {"data": "scikit-learn digits", "model": "random", "note": OFFLINE_NOTE}
-    print("Settings:", ", ".join(f"{k}={v}" for k, v in config.items() if v not in (None, "")))
     try:
-        run(args, config)
+        run(args)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
 
 
-def run(args: argparse.Namespace, config: dict[str, Any]) -> None:
+def run(args: argparse.Namespace) -> None:
     """Do the work for parsed arguments."""
     torch.manual_seed(args.seed)
     data = offline_data(args) if args.offline else load_data(args)
     tower = offline_tower() if args.offline else load_tower(args)
+    if args.learning_rate is None:
+        args.learning_rate = default_rate(tower, args)
+    config = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
+    if args.offline:
+        config |= {"data": "scikit-learn digits", "model": "random", "note": OFFLINE_NOTE}
+    print("Settings:", ", ".join(f"{k}={v}" for k, v in config.items() if v not in (None, "")))
     print(f"{len(data.train)} images to train on, {len(data.test)} to evaluate on.")
 
     before = pairclip.evaluate(tower, data.test, num_workers=args.num_workers)
@@ -176,6 +189,14 @@ def pictures_to_show(dataset: Any, count: int = 8) -> list[Any]:
     chosen = [i for label in labels.unique() for i in (labels == label).nonzero()[:2, 0].tolist()]
     images = pairclip.LabelledImages(dataset)
     return [images[i][0] for i in chosen[:count]]
+
+
+def default_rate(tower: pairclip.VisionTower, args: argparse.Namespace) -> float:
+    """What served best for small towers; for large ones, unmeasured, what is customary for CLIP."""
+    if args.offline:
+        return 1e-3
+    size = sum(parameter.numel() for parameter in tower.parameters())
+    return 6e-4 if size < 10_000_000 else 1e-5
 
 
 def load_tower(args: argparse.Namespace) -> pairclip.VisionTower:
@@ -256,7 +277,6 @@ def offline_data(args: argparse.Namespace) -> Data:
 
     digits = load_digits()
     images = (digits.images * (255 / 16)).astype(np.uint8)
-    args.test_fraction = 1 / 3
     return split((images, [str(digit) for digit in digits.target]), args)
 
 

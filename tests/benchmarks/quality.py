@@ -71,10 +71,15 @@ def train(
             return value
 
     elif kind == "PairSampler":
-        sampler, loss = pairclip.PairSampler(labels, args.batch_size // 2, seed=seed), pairs
+        sampler = pairclip.PairSampler(
+            labels, args.batch_size // 2, positive_fraction=args.positive_fraction, seed=seed
+        )
+        loss = pairs
     else:
         sampler = None
-        loss = pairclip.AllPairsCosineLoss(negatives=form, margin=margin, positive_fraction=0.5)
+        loss = pairclip.AllPairsCosineLoss(
+            negatives=form, margin=margin, positive_fraction=args.positive_fraction
+        )
     finetuner = pairclip.Finetuner(tower, loss, learning_rate=rate, seed=seed)
     length = {"batch_size": args.batch_size} if sampler is None else {"sampler": sampler}
     finetuner.fit(data, max_steps=steps, **length)
@@ -105,6 +110,7 @@ def run(args: Any, method: tuple[str, str] | None, rate: float, seed: int) -> di
         "rate": rate,
         "seed": seed,
         "images": args.images_seen if method else 0,
+        "fraction": args.positive_fraction if method and method[0] != "random pairs" else 0.0,
     }
     lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
     for done in map(json.loads, lines):
@@ -132,6 +138,7 @@ def main() -> None:
     parser.add_argument("--hold-out", nargs="+", default=["bird", "truck"])
     parser.add_argument("--images-seen", type=int, default=12800)
     parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--positive-fraction", type=float, default=0.5)
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 6e-4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=2)
