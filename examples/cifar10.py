@@ -66,11 +66,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--negatives", "cost of unlike pairs", "squared", choices=["linear", "hinge", "squared"])
     add("--margin", "of the hinge (default: 0.2)", type=float)
     add("--pairs", "pairs of a batch that count", "all", choices=["sampled", "all"])
-    add(
-        "--positive-fraction",
-        "weight or share of pairs of one class (default: 0.5; offline 0.2)",
-        type=float,
-    )
+    add("--positive-fraction", "weight or share of pairs of one class", 0.2, type=float)
     add("--image-size", "pixels (default: the tower's own)", type=int)
     add("--hold-out-classes", "not trained on, evaluated apart", "", metavar="A,B")
     add("--download-dir", "where CIFAR-10 goes", Path("runs/data"), type=Path)
@@ -78,6 +74,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seed", "decides split, batches and offline weights", 0, type=int)
     add("--output", "where results go", folder, type=Path)
     args = parser.parse_args(arguments)
+    for flag, least in [("train_per_class", 1), ("test_per_class", 1), ("seed", 0)]:
+        number = getattr(args, flag)
+        if number is not None and number < least:
+            name = flag.replace("_", "-")
+            parser.error(f"--{name} must be at least {least}, got {number}")
+    if args.pairs == "sampled" and args.batch_size % 2:
+        parser.error(f"--batch-size must be even for sampled pairs, got {args.batch_size}")
     for flag, given in [
         ("--data", args.data),
         ("--model", args.model != clip),
@@ -89,8 +92,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         args.test_fraction = 1 / 3 if args.offline else 0.2
     if args.epochs is None:
         args.epochs = 90 if args.offline else 2
-    if args.positive_fraction is None:
-        args.positive_fraction = 0.2 if args.offline else 0.5
     if args.margin is None:
         args.margin = 0.2 if args.negatives == "hinge" else 0.0
     return args
@@ -103,12 +104,14 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"OFFLINE: {OFFLINE_NOTE}.")
     try:
         run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from error
 
 
 def run(args: argparse.Namespace) -> None:
     """Do the work for parsed arguments."""
+    output = args.output
+    output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     data = offline_data(args) if args.offline else load_data(args)
     tower = offline_tower() if args.offline else load_tower(args)
@@ -118,6 +121,7 @@ def run(args: argparse.Namespace) -> None:
     if args.offline:
         config |= {"data": "scikit-learn digits", "model": "random", "note": OFFLINE_NOTE}
     print("Settings:", ", ".join(f"{k}={v}" for k, v in config.items() if v not in (None, "")))
+    finetuner, batches = prepare(tower, data.train, args)
     print(f"{len(data.train)} images to train on, {len(data.test)} to evaluate on.")
 
     before = pairclip.evaluate(tower, data.test, num_workers=args.num_workers)
@@ -125,7 +129,7 @@ def run(args: argparse.Namespace) -> None:
     shown = pictures_to_show(data.test)
     similarity_before = pairclip.similarity_matrix(pairclip.embed_images(tower, shown))
 
-    history = train(tower, data.train, args)
+    history = finetuner.fit(data.train, epochs=args.epochs, num_workers=args.num_workers, **batches)
 
     after = pairclip.evaluate(tower, data.test, num_workers=args.num_workers)
     unseen_after = data.held_out and pairclip.evaluate(tower, data.held_out)
@@ -140,8 +144,6 @@ def run(args: argparse.Namespace) -> None:
             "after": unseen_after.to_dict(),
         }
 
-    output = args.output
-    output.mkdir(parents=True, exist_ok=True)
     note = "\n(offline: digits, random tower)" if args.offline else ""
     (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
     for when, similarity, evaluation in [
@@ -164,8 +166,10 @@ def run(args: argparse.Namespace) -> None:
     print(f"\nFigures, pictures and the tuned tower are in {output}.")
 
 
-def train(tower: pairclip.VisionTower, dataset: Any, args: argparse.Namespace) -> pairclip.History:
-    """Fine-tune on sampled pairs, or on all pairs of class-balanced batches."""
+def prepare(
+    tower: pairclip.VisionTower, dataset: Any, args: argparse.Namespace
+) -> tuple[pairclip.Finetuner, dict[str, Any]]:
+    """A Finetuner and its batches: sampled pairs, or all pairs of class-balanced batches."""
     form = {"negatives": args.negatives, "margin": args.margin}
     if args.pairs == "sampled":
         loss: Any = pairclip.CosinePairLoss(**form)
@@ -180,7 +184,7 @@ def train(tower: pairclip.VisionTower, dataset: Any, args: argparse.Namespace) -
         loss = pairclip.AllPairsCosineLoss(positive_fraction=args.positive_fraction, **form)
         batches = {"batch_size": args.batch_size}
     finetuner = pairclip.Finetuner(tower, loss, learning_rate=args.learning_rate, seed=args.seed)
-    return finetuner.fit(dataset, epochs=args.epochs, num_workers=args.num_workers, **batches)
+    return finetuner, batches
 
 
 def pictures_to_show(dataset: Any, count: int = 8) -> list[Any]:
@@ -238,7 +242,8 @@ def split(images: Any, args: argparse.Namespace) -> Data:
     shuffled = np.random.default_rng(args.seed).permutation(len(labels))
     test = np.concatenate(
         [
-            of_class[: max(1, round(args.test_fraction * len(of_class)))]
+            # A class of one image can't be searched for, so it is trained on.
+            of_class[: min(max(1, round(args.test_fraction * len(of_class))), len(of_class) - 1)]
             for label in np.unique(labels)
             for of_class in [shuffled[labels[shuffled] == label]]
         ]
@@ -256,6 +261,8 @@ def divide(train: Any, test: Any, args: argparse.Namespace) -> Data:
         raise ValueError(f"--hold-out-classes has {unknown}; the classes are {classes}.")
     unseen = {classes.index(name) for name in held_out}
     seen = set(range(len(classes))) - unseen
+    if not seen:
+        raise ValueError("--hold-out-classes leaves no class to train on.")
     return Data(
         train=some_of(train, seen, args.train_per_class, args.seed),
         test=some_of(test, seen, args.test_per_class, args.seed),

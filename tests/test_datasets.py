@@ -1,10 +1,12 @@
 """Datasets of every kind, and what is wrong with some of them."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
 import datasets as hf
 import numpy as np
+import pandas
 import pytest
 import torch
 from PIL import Image
@@ -206,6 +208,7 @@ def test_deep_grey_pictures_keep_their_contrast(tmp_path: Path) -> None:
         (torch.full((3, 4, 4), 255.0), ValueError, r"must be in \[0, 1\], got values from 255"),
         (torch.full((3, 4, 4), -0.5), ValueError, "leave normalisation to the tower"),
         (torch.full((3, 4, 4), torch.nan), ValueError, "got values from nan to nan"),
+        (np.zeros((0, 4), np.uint8), ValueError, r"must have pixels, got shape \[0, 4\]"),
         (np.zeros((4, 4), np.int64), ValueError, r"must be uint8 in \[0, 255\], got int64"),
         (np.zeros((2, 4, 5), np.uint8), ValueError, r"must have shape .* got \[2, 4, 5\]"),
         (torch.zeros(5, 4, 3), ValueError, r"must have shape .* got \[5, 4, 3\]"),
@@ -223,3 +226,69 @@ def test_a_float_image_in_0_to_255_is_named_by_its_index() -> None:
         LabelledImages((torch.tensor([0.0, 200.0]).expand(3, 4, 4, 2).permute(3, 0, 1, 2), [0, 1]))[
             1
         ]
+
+
+def test_a_target_transform_is_applied_as_items_have_it(folder: Path) -> None:
+    images = ImageFolder(folder, target_transform=lambda label: label // 2)
+    assert labels_of(images).tolist() == [images[i][1] for i in range(5)] == [0, 0, 0, 0, 1]
+    assert class_names_of(images) is None
+
+
+def test_names_belong_to_the_ids_of_string_labels() -> None:
+    dataset = Undecodable(labels=["dog", "cat", "dog"], classes=["dog", "cat"])
+    assert labels_of(dataset).tolist() == [1, 0, 1]
+    assert class_names_of(dataset) == ["cat", "dog"]
+    assert class_names_of(Undecodable(targets=[0, 1, 0], classes=2)) is None
+
+
+def test_a_subset_that_changes_its_items_is_asked_for_them(folder: Path) -> None:
+    class White(Subset):
+        def __getitem__(self, index: int) -> Any:
+            return Image.new("RGB", (2, 2), "white"), 7
+
+        def __getitems__(self, indices: list[int]) -> list[Any]:
+            return [self[index] for index in indices]
+
+    dataset = White(ImageFolder(folder), [0, 1])
+    with pytest.warns(UserWarning, match="White does not tell its labels"):
+        data = LabelledImages(dataset)
+    assert data[0][0].getpixel((0, 0)) == (255, 255, 255)
+    assert data.labels.tolist() == [7, 7]
+
+
+def test_columns_of_a_shuffled_frame_go_together(folder: Path) -> None:
+    paths = [str(path) for path in sorted(folder.rglob("*.png"))]
+    frame = pandas.DataFrame({"path": paths, "label": [Path(path).parent.name for path in paths]})
+    frame = frame.sample(frac=1, random_state=0)
+    data = LabelledImages((frame.path, frame.label))
+    for index, path in enumerate(frame.path):
+        with Image.open(path) as image:
+            assert data[index][0].getpixel((0, 0)) == image.getpixel((0, 0))
+        assert data.class_names is not None
+        assert data.class_names[data[index][1]] == Path(path).parent.name
+
+
+def test_negative_indices_of_a_subset_count_from_the_end(folder: Path) -> None:
+    images = ImageFolder(folder)
+    dataset = Subset(ConcatDataset([Subset(images, [0, 1]), Subset(images, [2, 4])]), [-1])
+    image, label = LabelledImages(dataset)[0]
+    assert (image.getpixel((0, 0)), label) == (images[4][0].getpixel((0, 0)), images[4][1])
+
+
+def test_labels_share_no_memory_with_the_dataset() -> None:
+    given = np.array([1, 2, 3])
+    labels = labels_of((["a", "b", "c"], given))
+    labels += 5
+    assert given.tolist() == [1, 2, 3]
+    given.flags.writeable = False
+    assert labels_of((["a", "b", "c"], given[::-1])).tolist() == [3, 2, 1]
+
+
+def test_several_datasets_at_once_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"got several under \['train', 'test'\]"):
+        labels_of({"train": [], "test": []})
+
+
+def test_it_can_be_sent_to_a_worker(folder: Path) -> None:
+    data = pickle.loads(pickle.dumps(LabelledImages(Subset(ImageFolder(folder), [4, 0]))))
+    assert data[0][1] == 2

@@ -62,10 +62,20 @@ def test_an_embedding_that_is_not_finite_is_named(tower, images) -> None:
 
 
 def test_wrong_arguments_are_named(tower, images) -> None:
-    with pytest.raises(ValueError, match="`images` must have at least one image"):
+    with pytest.raises(ValueError, match="`dataset` has no images"):
         embed_images(tower, [])
+    with pytest.raises(TypeError, match=r"a list of images, got the path 'a\.png'"):
+        embed_images(tower, "a.png")
+    with pytest.raises(ValueError, match=r"Image 1 \(missing.png\) can't be read"):
+        embed_images(tower, [images[0][0], "missing.png"])
     with pytest.raises(ValueError, match="`batch_size` must be at least 1"):
         embed_images(tower, images, batch_size=0)
+
+
+def test_the_global_generator_is_left_alone(tower, images) -> None:
+    state = torch.get_rng_state()
+    embed_images(tower, images)
+    assert torch.get_rng_state().equal(state)
 
 
 def test_no_progress_bar_where_the_output_is_no_terminal(tower, images, capfd) -> None:

@@ -128,6 +128,8 @@ def test_without_a_network_the_error_names_the_ways_out(tmp_path: Path, folder: 
         (["--negatives", "linear", "--margin", "0.2"], "`margin` 0.2 would be ignored"),
         (["--hold-out-classes", "wasp"], "--hold-out-classes has ['wasp']"),
         (["--hold-out-classes", "ant,bee"], "one class alone"),
+        (["--hold-out-classes", "ant,bee,cat"], "leaves no class to train on"),
+        (["--learning-rate", "1e38"], "Stopped at step"),
         (["--test-fraction", "1.5"], "--test-fraction must be between 0 and 1, got 1.5"),
         (["--image-size", "17"], "`image_size` must be a multiple of the patch size 8, got 17"),
     ],
@@ -142,6 +144,14 @@ def test_wrong_arguments_end_in_one_line(
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_what_is_wrong_with_the_output_shows_before_the_training(folder, model) -> None:
+    (folder.parent / "file").write_text("")
+    done = run("--data", folder, "--model", model, "--output", folder.parent / "file")
+    assert done.returncode == 1
+    assert "File exists" in done.stderr
+    assert "images to train on" not in done.stdout
 
 
 def test_an_empty_folder_is_an_error(tmp_path: Path, model: Path) -> None:

@@ -4,7 +4,6 @@ import copy
 import json
 import math
 import random
-import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -125,8 +124,24 @@ def test_default_batches_hold_several_images_of_several_classes(tower, images) -
 def test_classes_that_allow_no_balanced_batch_get_pairs(tower, images) -> None:
     pictures, _ = images
     labels = [0, 0, 0, 1, 1, 1]
-    history = Finetuner(tower, SQUARED).fit((pictures[:6], labels), batch_size=10, max_steps=2)
+    with pytest.warns(UserWarning, match="Batches of 10 images can't hold equally many"):
+        history = Finetuner(tower, SQUARED).fit((pictures[:6], labels), batch_size=10, max_steps=2)
     assert len(history.steps) == 2
+
+
+def test_no_class_of_two_images_is_left_out_by_default(tower, images) -> None:
+    pictures, _ = images
+    labels = [0] * 20 + [1] * 20 + [2] * 4 + [3] * 4
+    seen: Counter[int] = Counter()
+
+    def loss(embeddings: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
+        seen.update(of.tolist())
+        return SQUARED(embeddings, of)
+
+    Finetuner(tower, loss).fit((pictures, labels), batch_size=16, epochs=2)
+    assert set(seen) == {0, 1, 2, 3}
+    with pytest.warns(UserWarning, match="Batches of 24 images can't hold equally many"):
+        Finetuner(tower, loss).fit((pictures, labels), batch_size=24, epochs=1)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -215,14 +230,11 @@ def test_bfloat16_trains_and_hands_the_loss_float32(tower, images) -> None:
         seen.append((embeddings.dtype, (embeddings @ embeddings.T).dtype))
         return SQUARED(embeddings, labels)
 
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        history = Finetuner(tower, loss, precision="bf16").fit(images, batch_size=12, max_steps=2)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    assert seen == [(torch.float32, torch.float32)] * 2
+    Finetuner(tower, loss).fit(images, batch_size=12, max_steps=1)
+    history = Finetuner(tower, loss, precision="bf16").fit(images, batch_size=12, max_steps=2)
+    full = Finetuner(tower, loss).fit(images, batch_size=12, max_steps=1)
+    assert history.steps[0]["loss"] != full.steps[0]["loss"]
+    assert seen == [(torch.float32, torch.float32)] * 4
     assert all(math.isfinite(record["loss"]) for record in history.steps)
 
 
@@ -274,12 +286,83 @@ def test_a_rate_that_explodes_leaves_finite_weights(tower, images, steps: int) -
     assert all(parameter.isfinite().all() for parameter in tower.parameters())
 
 
-def test_any_module_with_a_preprocess_trains(images) -> None:
-    class ToTensor:
-        def __call__(self, image: Image.Image) -> torch.Tensor:
-            pixels = torch.from_numpy(np.array(image.resize((16, 16)))).permute(2, 0, 1)
-            return pixels / 255 - 0.5
+def test_weights_that_explode_before_an_evaluation_are_taken_back(tower, images) -> None:
+    def huge(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=1e38)
 
+    def steep(embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return SQUARED(embeddings, labels) * 1e10
+
+    with pytest.raises(FloatingPointError, match="Stopped at step 1 of 4: a weight is not finite"):
+        Finetuner(tower, steep, optimizer=huge, max_grad_norm=None).fit(
+            images, batch_size=12, max_steps=4, eval_dataset=images, eval_every=1
+        )
+    assert all(parameter.isfinite().all() for parameter in tower.parameters())
+
+
+def test_batch_norms_keep_finite_statistics_too(images) -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(784, 4))
+    tower = load_tower(module, image_processor=lambda image: ToTensor()(image))
+
+    def loss(embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return SQUARED(embeddings, labels) * 1e10
+
+    with pytest.raises(FloatingPointError):
+        Finetuner(
+            tower,
+            loss,
+            optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e20),
+            max_grad_norm=None,
+            schedule="constant",
+            warmup_ratio=0,
+        ).fit(images, batch_size=12, max_steps=4)
+    assert all(value.isfinite().all() for value in tower.state_dict().values())
+
+
+class ToTensor:
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        pixels = torch.from_numpy(np.array(image.resize((16, 16)))).permute(2, 0, 1)
+        return pixels / 255 - 0.5
+
+
+def test_an_optimizer_of_some_parameters_leaves_the_others_out_of_the_norm(tower, images) -> None:
+    def last(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters[-1:], lr=1e-12)
+
+    frozen = copy.deepcopy(tower)
+    *others, _ = frozen.parameters()
+    for parameter in others:
+        parameter.requires_grad_(False)
+    found = Finetuner(tower, SQUARED, optimizer=last).fit(images, batch_size=12, max_steps=3)
+    expected = Finetuner(frozen, SQUARED, optimizer=last).fit(images, batch_size=12, max_steps=3)
+    for one, other in zip(found.steps, expected.steps, strict=True):
+        assert one["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-4)
+
+
+def test_weights_in_half_precision_are_refused(tower, images) -> None:
+    tower.bfloat16()
+    with pytest.raises(ValueError, match=r"trainable parameter .* in torch\.bfloat16.*float\(\)"):
+        Finetuner(tower, SQUARED).fit(images, batch_size=12)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_float16_needs_a_gpu(tower, images) -> None:
+    with pytest.raises(ValueError, match="`precision` 'fp16' needs a GPU"):
+        Finetuner(tower, SQUARED, precision="fp16").fit(images, batch_size=12)
+
+
+def test_an_evaluation_does_not_change_the_training(tower, images) -> None:
+    tower.model.vision_model.embeddings.register_forward_hook(
+        lambda module, inputs, output: nn.functional.dropout(output, 0.1, module.training)
+    )
+    other = copy.deepcopy(tower)
+    arguments = {"batch_size": 12, "max_steps": 3}
+    alone = Finetuner(tower, SQUARED).fit(images, **arguments)
+    watched = Finetuner(other, SQUARED).fit(images, **arguments, eval_dataset=images, eval_every=1)
+    assert [s["loss"] for s in alone.steps] == [s["loss"] for s in watched.steps]
+
+
+def test_any_module_with_a_preprocess_trains(images) -> None:
     tower = load_tower(nn.Sequential(nn.Flatten(), nn.Linear(768, 8)), image_processor=ToTensor())
     history = Finetuner(tower, SQUARED, learning_rate=1e-2).fit(images, batch_size=24, epochs=10)
     assert history.steps[-1]["loss"] < history.steps[0]["loss"] / 2
@@ -313,7 +396,11 @@ def test_a_corrupt_image_is_named_by_a_worker_too(tower, images, tmp_path: Path)
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"loss": "cosine"}, TypeError, "`loss` must be callable, got 'cosine'"),
+        ({"loss": "cosine"}, TypeError, "`loss` must be a callable.*got 'cosine'"),
+        ({"loss": AllPairsCosineLoss}, TypeError, "`loss` must be a callable, such as an instance"),
+        ({"learning_rate": "1e-5"}, TypeError, "`learning_rate` must be a number, got '1e-5'"),
+        ({"seed": -1}, ValueError, "`seed` must not be negative, got -1"),
+        ({"optimizer": "adam"}, TypeError, "`optimizer` must be a callable that takes"),
         ({"learning_rate": 0.0}, ValueError, r"`learning_rate` must be positive.*got 0\.0"),
         ({"learning_rate": math.nan}, ValueError, "`learning_rate` must be positive"),
         ({"weight_decay": -1.0}, ValueError, "`weight_decay` must be at least 0"),
@@ -348,6 +435,11 @@ def test_a_tower_must_be_one() -> None:
         ({"batch_size": 0}, ValueError, "`batch_size` must be at least 1"),
         ({"batch_size": 31}, ValueError, "`batch_size` must be even for pairs, got 31"),
         ({"batch_size": 466}, ValueError, "`batch_size` must be at most two per image"),
+        (
+            {"sampler": BatchSampler(SequentialSampler(range(48)), 100, drop_last=True)},
+            ValueError,
+            "`sampler` has no batch",
+        ),
         ({"sampler": 3}, TypeError, "`sampler` must have `__iter__` and `__len__`, got 3"),
         (
             {"sampler": ClassBalancedSampler([0, 0, 1, 1], 2, 2), "batch_size": 4},

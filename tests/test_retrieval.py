@@ -147,6 +147,8 @@ def test_queries_without_another_of_their_class_are_left_out_and_counted() -> No
     assert len(caught) == 1
     with pytest.raises(ValueError, match="None of the 5 queries has another item of its class"):
         recall_at_k(rows, torch.arange(5))
+    with pytest.raises(ValueError, match="None of the 1 queries"):
+        mean_average_precision(rows[:1], [0])
 
 
 def test_wrong_arguments_are_named() -> None:
@@ -165,6 +167,10 @@ def test_wrong_arguments_are_named() -> None:
         knn_accuracy(rows, labels, rows, labels, k=11)
     with pytest.raises(ValueError, match="Turn one-hot rows into class ids"):
         mean_average_precision(rows, torch.eye(10))
+    with pytest.raises(ValueError, match="`test` must have at least one row, got none"):
+        knn_accuracy(rows, labels, rows[:0], [], k=1)
+    with pytest.raises(ValueError, match="`train_labels` must have one label per row"):
+        knn_accuracy(rows, labels[1:], rows, labels, k=1)
     rows[3] = float("inf")
     with pytest.raises(ValueError, match="`embeddings` has NaN or infinite values in 1 of 10"):
         recall_at_k(rows, labels)

@@ -38,6 +38,14 @@ def test_half_precision_is_computed_in_float32() -> None:
     assert similarity_matrix(rows).dtype == torch.float32
 
 
+def test_arrays_of_any_layout_are_taken() -> None:
+    rows = random_rows(6).numpy()
+    expected = similarity_matrix(rows[::-1].copy())
+    rows.flags.writeable = False
+    assert_close(similarity_matrix(rows[::-1]), expected)
+    assert_close(similarity_matrix(rows[::-1].astype(">f8")), expected)
+
+
 def test_matrix_is_written_into_a_memory_mapped_file(tmp_path) -> None:
     rows = random_rows(30).float()
     out = np.memmap(tmp_path / "similarity", np.float32, "w+", shape=(30, 30))
@@ -82,6 +90,8 @@ def test_wrong_arguments_are_named() -> None:
         similarity_matrix(rows, out=torch.empty(2, 2))
     with pytest.raises(TypeError, match="`out` must be a tensor or a NumPy array, got list"):
         similarity_matrix(rows, out=[])
+    with pytest.raises(TypeError, match=r"`out` must be floating point, got torch\.int64"):
+        similarity_matrix(rows, out=torch.empty(4, 4, dtype=torch.int64))
     with pytest.raises(ValueError, match="`block_size` must be at least 1, got 0"):
         similarity_matrix(rows, block_size=0)
     with pytest.raises(TypeError, match="`a` must be floating point"):

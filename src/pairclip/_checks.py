@@ -27,6 +27,15 @@ def check_positive_int(name: str, value: object) -> None:
         raise ValueError(f"`{name}` must be at least 1, got {value}.")
 
 
+def check_count(name: str, value: object) -> int:
+    """Return `value` as an int, or raise unless it is an integer of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"`{name}` must be an integer, got {value!r}.")
+    if value < 0:
+        raise ValueError(f"`{name}` must not be negative, got {value}.")
+    return int(value)
+
+
 def check_finite(name: str, embeddings: Tensor) -> None:
     """Raise a ValueError that names the first row with a NaN or an infinity."""
     # One NaN or infinity makes the sum non-finite, and a sum needs no mask of the same size;
@@ -46,7 +55,7 @@ def check_finite(name: str, embeddings: Tensor) -> None:
 def as_embeddings(name: str, value: Any, *, finite: bool = False) -> Tensor:
     """Return `value` as a floating-point tensor of shape ``[N, D]``, or raise."""
     if isinstance(value, np.ndarray):
-        value = torch.from_numpy(value)
+        value = torch.from_numpy(_native(value))
     if not isinstance(value, Tensor):
         raise TypeError(f"`{name}` must be a tensor or a NumPy array, got {type(value).__name__}.")
     if value.ndim != 2:
@@ -63,7 +72,7 @@ def as_embeddings(name: str, value: Any, *, finite: bool = False) -> Tensor:
 def as_labels(name: str, value: Any, *, length: int | None = None) -> Tensor:
     """Return `value` as an int64 tensor of shape ``[N]``, or raise; its values are not read."""
     if not isinstance(value, Tensor):
-        value = torch.from_numpy(label_array(name, value))
+        value = torch.from_numpy(_native(label_array(name, value)))
     if value.ndim != 1:
         raise ValueError(_not_one_dimensional(name, value.shape))
     if value.is_floating_point() or value.is_complex():
@@ -88,6 +97,11 @@ def label_array(name: str, value: Any) -> npt.NDArray[np.int64]:
     if array.dtype.kind not in "iub":
         raise TypeError(_not_integers(name, array.dtype))
     return array.astype(np.int64, copy=False)
+
+
+def _native(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The array, copied only if torch can't share its memory as it is."""
+    return np.require(array, array.dtype.newbyteorder("="), ["C", "W"])
 
 
 def _not_one_dimensional(name: str, shape: Collection[int]) -> str:

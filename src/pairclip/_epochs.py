@@ -11,13 +11,13 @@ import numpy.typing as npt
 
 from pairclip import _checks
 
-Indices = npt.NDArray[np.int64]
+Indices = npt.NDArray[np.integer[Any]]
 
 
 class Groups(NamedTuple):
     """Items sorted by class; class c has ``order[starts[c] : starts[c] + counts[c]]``."""
 
-    class_of: npt.NDArray[np.int32]  # [N]
+    class_of: Indices  # [N]
     order: Indices  # [N]
     starts: Indices  # [C]
     counts: Indices  # [C]
@@ -27,7 +27,7 @@ class EpochSampler(ABC):
     """State of a batch sampler: (seed, epoch) decide an epoch's batches, `batch` is the next."""
 
     def __init__(self, seed: int) -> None:
-        self._seed = checked_count("seed", seed)
+        self._seed = _checks.check_count("seed", seed)
         self._epoch = 0
         self._batch = 0
 
@@ -57,7 +57,7 @@ class EpochSampler(ABC):
         Args:
             epoch: Number of the epoch, from 0.
         """
-        self._epoch, self._batch = checked_count("epoch", epoch), 0
+        self._epoch, self._batch = _checks.check_count("epoch", epoch), 0
 
     def state_dict(self) -> dict[str, int]:
         """Position: ``seed``, ``epoch`` and ``batch``, the number of the next batch."""
@@ -76,7 +76,7 @@ class EpochSampler(ABC):
             raise ValueError(
                 f"`state` must have the keys seed, epoch and batch, got {sorted(state)}."
             )
-        seed, epoch, batch = (checked_count(k, state[k]) for k in ("seed", "epoch", "batch"))
+        seed, epoch, batch = (_checks.check_count(k, state[k]) for k in ("seed", "epoch", "batch"))
         if batch > len(self):
             raise ValueError(
                 f"`state` is at batch {batch}, but an epoch has {len(self)}. It comes from a "
@@ -102,7 +102,7 @@ def deal(
     """
     total, size = int(chunks.sum()), len(items)
     if not total:
-        return np.empty(0, np.int64)
+        return items[:0]
     seed, dealt_before = key
     rest = total % size
     deck = items
@@ -112,7 +112,7 @@ def deal(
     # Dealt from the end: a whole deck always has items that the rest of a chunk lacks.
     lengths = chunks[::-1]
     ends = np.cumsum(lengths)
-    dealt = np.empty(total, np.int64)
+    dealt = np.empty(total, items.dtype)
     start = 0
     while start < total:
         begun = missing = 0
@@ -141,16 +141,18 @@ def shuffled_after(
 
 
 def group(labels: Any) -> Groups:
-    """Sort the items by class."""
+    """Sort the items by class, in the smallest type that numbers them all."""
     array = _checks.label_array("labels", labels)
     if not len(array):
         raise ValueError("`labels` must have at least one item, got none.")
-    order = np.argsort(array, kind="stable")
+    small = np.int32 if len(array) < 2**31 else np.int64
+    order = np.argsort(array, kind="stable").astype(small)
     ordered = array[order]
-    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
-    counts = np.diff(np.append(starts, len(array)))
-    class_of = np.empty(len(array), np.int32)
-    class_of[order] = np.repeat(np.arange(len(starts), dtype=np.int32), counts)
+    first = np.concatenate([[True], ordered[1:] != ordered[:-1]])
+    starts = np.flatnonzero(first).astype(small)
+    counts = np.diff(np.append(starts, len(array))).astype(small)
+    class_of = np.empty(len(array), small)
+    class_of[order] = np.repeat(np.arange(len(starts), dtype=small), counts)
     return Groups(class_of, order, starts, counts)
 
 
@@ -160,12 +162,3 @@ def num_batches_of(num_batches: int | None, num_items: int, per_batch: int) -> i
         return -(-num_items // per_batch)
     _checks.check_positive_int("num_batches", num_batches)
     return int(num_batches)
-
-
-def checked_count(name: str, value: object) -> int:
-    """Return `value` as an int, or raise unless it is an integer of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"`{name}` must be an integer, got {value!r}.")
-    if value < 0:
-        raise ValueError(f"`{name}` must not be negative, got {value}.")
-    return int(value)

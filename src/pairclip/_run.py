@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from pairclip.losses import CosinePairLoss
@@ -31,30 +32,44 @@ class Run:
         self.skipped_steps = 0
         self.tower = settings.tower.to(accelerator.device)
         self.loss = _on_batches(settings.loss)
-        modules: list[nn.Module] = [self.tower]
+        self.modules: list[nn.Module] = [self.tower]
         if isinstance(settings.loss, nn.Module):
-            modules.append(settings.loss.to(accelerator.device))
+            self.modules.append(settings.loss.to(accelerator.device))
+        self.optimizer = accelerator.prepare(self._new_optimizer(self._trainable()))
+        groups = self.optimizer.param_groups
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
+        self.peak_rates = [group["lr"] for group in groups]
+        buffers = [b for module in self.modules for b in module.buffers() if b.is_floating_point()]
+        self.state = [*self.parameters, *buffers]
+        # What gave the last finite loss, for when the next one isn't.
+        self.good = [tensor.detach().clone() for tensor in self.state]
+
+    def _trainable(self) -> list[nn.Parameter]:
         if not any(parameter.requires_grad for parameter in self.tower.parameters()):
             raise ValueError("`tower` has no trainable parameter: all have requires_grad=False.")
-        self.parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-        self.optimizer = accelerator.prepare(self._new_optimizer())
-        self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
-        # The weights that gave the last finite loss, for when the next one isn't.
-        self.good = [parameter.detach().clone() for parameter in self.parameters]
+        named = [item for module in self.modules for item in module.named_parameters()]
+        for name, parameter in named:
+            if parameter.requires_grad and parameter.dtype not in (torch.float32, torch.float64):
+                raise ValueError(
+                    f"`tower` has the trainable parameter {name} in {parameter.dtype}, which is "
+                    "too coarse for small steps. Call `tower.float()`; `precision` then decides "
+                    "what is computed in half precision."
+                )
+        return [parameter for _, parameter in named if parameter.requires_grad]
 
-    def _new_optimizer(self) -> torch.optim.Optimizer:
+    def _new_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         settings = self.settings
         if settings.optimizer is not None:
-            return settings.optimizer(self.parameters)
-        matrices = [p for p in self.parameters if p.ndim >= 2]
-        others = [p for p in self.parameters if p.ndim < 2]
+            return settings.optimizer(parameters)
+        matrices = [p for p in parameters if p.ndim >= 2]
+        others = [p for p in parameters if p.ndim < 2]
         groups = [
             {"params": matrices, "weight_decay": settings.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
         return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
 
-    def step(self, pixels: Tensor, labels: Tensor, step: int) -> dict[str, float]:
+    def step(self, pixels: Tensor, labels: Tensor, step: int) -> dict[str, float | None]:
         """Train on one batch, step number `step` from 1; returns what to record of it."""
         accelerator = self.accelerator
         factor = _rate_factor(
@@ -68,7 +83,8 @@ class Run:
         with torch.autocast(accelerator.device.type, enabled=False):
             loss = self.loss(embeddings, labels.to(accelerator.device, non_blocking=True))
         _check_loss(loss)
-        self.optimizer.zero_grad()
+        for module in self.modules:
+            module.zero_grad()
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(self.parameters, self.settings.max_grad_norm or math.inf)
         # One look at the device for all that the host wants to know of this step.
@@ -81,21 +97,21 @@ class Run:
         )
         value, total, gradient_norm = watched.tolist()
         self._check_finite(step, value, total, gradient_norm)
-        for good, parameter in zip(self.good, self.parameters, strict=True):
-            good.copy_(parameter.detach())
+        for good, tensor in zip(self.good, self.state, strict=True):
+            good.copy_(tensor.detach())
         self.optimizer.step()
         self.skipped_steps += bool(accelerator.optimizer_step_was_skipped)
         return {
             "loss": value,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "gradient_norm": gradient_norm,
+            "gradient_norm": gradient_norm if math.isfinite(gradient_norm) else None,
         }
 
-    def check_weights(self) -> None:
-        """Take back the last step if it left a weight that isn't finite."""
+    def check_weights(self, step: int) -> None:
+        """Take back a step that left a weight which isn't finite."""
         sums = torch.stack([p.detach().sum(dtype=torch.float64) for p in self.parameters])
         if not bool(sums.isfinite().all()):
-            self._stop(self.num_steps, "a weight is not finite after it")
+            self._stop(step, "a weight is not finite after it")
 
     def _check_finite(self, step: int, loss: float, total: float, gradient_norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(total):
@@ -110,8 +126,8 @@ class Run:
         self._stop(step, what)
 
     def _stop(self, step: int, what: str) -> NoReturn:
-        for good, parameter in zip(self.good, self.parameters, strict=True):
-            parameter.detach().copy_(good)
+        for good, tensor in zip(self.good, self.state, strict=True):
+            tensor.detach().copy_(good)
         raise FloatingPointError(
             f"Stopped at step {step} of {self.num_steps}: {what}. The tower has the last weights "
             "that gave a finite loss. Lower `learning_rate`, or check the loss and the images."
@@ -119,17 +135,19 @@ class Run:
 
 
 @contextmanager
-def training(tower: nn.Module, device: torch.device) -> Iterator[None]:
+def training(modules: list[nn.Module], device: torch.device) -> Iterator[None]:
     """Training mode within; afterwards the old modes, no gradients, the old random state."""
-    was_training = {module: module.training for module in tower.modules()}
+    was_training = {part: part.training for module in modules for part in module.modules()}
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        tower.train()
         try:
+            for module in modules:
+                module.train()
             yield
         finally:
-            for module, training in was_training.items():
-                module.training = training
-            tower.zero_grad()
+            for part, was in was_training.items():
+                part.training = was
+            for module in modules:
+                module.zero_grad()
 
 
 def _on_batches(loss: Loss | CosinePairLoss) -> Loss:
@@ -161,11 +179,16 @@ def _check_loss(value: object) -> None:
 
 
 def new_accelerator(precision: str) -> Accelerator:
-    wanted: str | None = precision
+    """An Accelerator for one process in the wanted precision."""
     if precision == "auto":
-        # None keeps what `accelerate launch` or an earlier Accelerator set.
-        wanted = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else None
-    accelerator = Accelerator(mixed_precision=wanted)
+        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        precision = "bf16" if bf16 else "no"
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("`precision` 'fp16' needs a GPU, and there is none. Use 'auto' or 'no'.")
+    # Accelerate keeps the precision of a process's first Accelerator and refuses another one.
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+        AcceleratorState._reset_state()
+    accelerator = Accelerator(mixed_precision=precision)
     if accelerator.num_processes > 1:
         raise ValueError(
             f"Finetuner trains in one process, got {accelerator.num_processes}. Start it without "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,11 +54,10 @@ class LabelledImages(Dataset[tuple[Image.Image, int]]):
         if isinstance(dataset, LabelledImages):
             dataset = dataset.dataset
         self.dataset: Any = dataset
-        self._image_of = _image_reader(dataset)
         labels, self.class_names = _labels_and_names(dataset)
         if not len(labels):
             raise ValueError("`dataset` has no images. Check the folder or the filter it is from.")
-        self.labels = torch.from_numpy(labels)
+        self.labels = torch.from_numpy(labels.copy())
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -68,7 +67,7 @@ class LabelledImages(Dataset[tuple[Image.Image, int]]):
         if not 0 <= index < len(self):
             raise IndexError(f"`index` must be in [0, {len(self)}), got {index}.")
         try:
-            image = as_rgb(self._image_of(index))
+            image = as_rgb(_read_image(self.dataset, index))
         except _READ_ERRORS as error:
             path = _path_of(self.dataset, index)
             where = f"Image {index}" + (f" ({path})" if path else "")
@@ -95,7 +94,7 @@ def labels_of(dataset: Any) -> Tensor:
         >>> labels_of((["a.png", "b.png", "c.png"], [3, 1, 3]))
         tensor([3, 1, 3])
     """
-    return torch.from_numpy(_labels_and_names(dataset)[0])
+    return torch.from_numpy(_labels_and_names(dataset)[0].copy())
 
 
 def class_names_of(dataset: Any) -> list[str] | None:
@@ -129,6 +128,8 @@ def as_rgb(image: Any) -> Image.Image:
         with Image.open(image) as opened:
             return as_rgb(opened)
     array = _channels_last(image)
+    if not array.size:
+        raise ValueError(f"An image must have pixels, got shape {list(array.shape)}.")
     if array.dtype.kind == "f":
         array = _from_unit_range(array)
     elif array.dtype != np.uint8:
@@ -197,31 +198,46 @@ def _is_pair(dataset: Any) -> bool:
 def _labels_and_names(dataset: Any) -> tuple[npt.NDArray[np.int64], list[str] | None]:
     if isinstance(dataset, LabelledImages):
         return dataset.labels.numpy(), dataset.class_names
-    if isinstance(dataset, Subset):
+    if isinstance(dataset, Subset) and _is_view(dataset):
         labels, names = _labels_and_names(dataset.dataset)
         return labels[np.asarray(dataset.indices, dtype=np.int64)], names
-    if isinstance(dataset, ConcatDataset):
+    if isinstance(dataset, ConcatDataset) and _is_view(dataset):
         return _joined([_labels_and_names(part) for part in dataset.datasets])
     if _is_pair(dataset):
         return _ids_and_names(dataset[1], len(dataset[0]))
     if _hf_columns(dataset) is not None:
         return _hf_labels(dataset)
+    if isinstance(dataset, Mapping):
+        raise TypeError(
+            f"`dataset` must be one dataset, got several under {list(dataset)}. Choose one, for "
+            "instance `dataset['train']`."
+        )
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise TypeError(
             f"`dataset` must have len() and [i] -> (image, label), got {type(dataset).__name__}."
         )
+    labels = _told_labels(dataset)
+    ids, names = _ids_and_names(
+        _labels_by_reading(dataset) if labels is None else labels, len(dataset)
+    )
+    given = getattr(dataset, "classes", None)
+    if names is None and isinstance(given, (list, tuple)) and not _target_transform(dataset):
+        names = [str(name) for name in given]
+    return ids, names
+
+
+def _told_labels(dataset: Any) -> Any:
+    """The labels that a dataset holds, as its items have them, or None."""
     for name in _LABEL_ATTRIBUTES:
-        given = getattr(dataset, name, None)
-        if given is not None and not callable(given):
-            ids, names = _ids_and_names(given, len(dataset))
-            return ids, _given_names(dataset) or names
-    ids, names = _ids_and_names(_labels_by_reading(dataset), len(dataset))
-    return ids, _given_names(dataset) or names
+        labels = getattr(dataset, name, None)
+        if labels is not None and not callable(labels):
+            transform = _target_transform(dataset)
+            return labels if transform is None else [transform(label) for label in labels]
+    return None
 
 
-def _given_names(dataset: Any) -> list[str] | None:
-    names = getattr(dataset, "classes", None)
-    return None if names is None else [str(name) for name in names]
+def _target_transform(dataset: Any) -> Any:
+    return getattr(dataset, "target_transform", None)
 
 
 def _ids_and_names(labels: Any, length: int) -> tuple[npt.NDArray[np.int64], list[str] | None]:
@@ -277,48 +293,41 @@ def _item(dataset: Any, index: int) -> tuple[Any, Any]:
     return item[0], item[1]
 
 
-def _image_reader(dataset: Any) -> Callable[[int], Any]:
-    if isinstance(dataset, (Subset, ConcatDataset)):
-        locate = _locate(dataset)
-        readers = [_image_reader(part) for part in _parts(dataset)]
-
-        def read(index: int) -> Any:
-            part, inner = locate(index)
-            return readers[part](inner)
-
-        return read
+def _read_image(dataset: Any, index: int) -> Any:
+    dataset, index = _origin(dataset, index)
     if _is_pair(dataset):
-        return lambda index: dataset[0][index]
+        images = dataset[0]
+        # A pandas column is read by place, as its labels are, not by the labels of its index.
+        return images.iloc[index] if hasattr(images, "iloc") else images[index]
     columns = _hf_columns(dataset)
-    if columns is not None:
-        return lambda index: dataset[index][columns[0]]
-    return lambda index: _item(dataset, index)[0]
+    return _item(dataset, index)[0] if columns is None else dataset[index][columns[0]]
 
 
-def _parts(dataset: Subset[Any] | ConcatDataset[Any]) -> Sequence[Any]:
-    return [dataset.dataset] if isinstance(dataset, Subset) else dataset.datasets
+def _is_view(dataset: Any) -> bool:
+    """Whether it shows items of other datasets as they are; a subclass may change them."""
+    return any(
+        isinstance(dataset, kind) and type(dataset).__getitem__ is kind.__getitem__
+        for kind in (Subset, ConcatDataset)
+    )
 
 
-def _locate(dataset: Subset[Any] | ConcatDataset[Any]) -> Callable[[int], tuple[int, int]]:
-    """Where an image is: number of the part, and index in it."""
-    if isinstance(dataset, Subset):
-        indices = dataset.indices
-        return lambda index: (0, int(indices[index]))
-    ends = np.asarray(dataset.cumulative_sizes)
-
-    def locate(index: int) -> tuple[int, int]:
-        part = int(np.searchsorted(ends, index, side="right"))
-        return part, index - (int(ends[part - 1]) if part else 0)
-
-    return locate
+def _origin(dataset: Any, index: int) -> tuple[Any, int]:
+    """The dataset behind subsets and joins that an item comes from, and its index there."""
+    while _is_view(dataset):
+        if isinstance(dataset, Subset):
+            dataset, index = dataset.dataset, int(dataset.indices[index])
+            index += len(dataset) if index < 0 else 0
+        else:
+            ends = dataset.cumulative_sizes
+            part = int(np.searchsorted(ends, index, side="right"))
+            dataset, index = dataset.datasets[part], index - (ends[part - 1] if part else 0)
+    return dataset, index
 
 
 def _path_of(dataset: Any, index: int) -> str | None:
-    while isinstance(dataset, (Subset, ConcatDataset)):
-        part, index = _locate(dataset)(index)
-        dataset = _parts(dataset)[part]
+    dataset, index = _origin(dataset, index)
     if _is_pair(dataset):
-        image = dataset[0][index]
+        image = _read_image(dataset, index)
         return str(image) if isinstance(image, (str, os.PathLike)) else None
     for name in ("samples", "imgs", "_image_files", "_images"):
         files = getattr(dataset, name, None)

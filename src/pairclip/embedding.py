@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from pairclip import _checks
-from pairclip.datasets import LabelledImages, as_rgb
+from pairclip.datasets import LabelledImages
 from pairclip.towers import VisionTower
 
 
@@ -45,8 +47,16 @@ def embed_images(
         torch.Size([3, 8])
     """
     _checks.check_positive_int("batch_size", batch_size)
-    pixels = _Pixels(tower, images)
-    loader = DataLoader(pixels, batch_size=batch_size, num_workers=num_workers)
+    if isinstance(images, (str, os.PathLike)):
+        raise TypeError(f"`images` must be a dataset or a list of images, got the path {images!r}.")
+    if _are_images(images):
+        images = (images, np.zeros(len(images), np.int64))
+    loader = DataLoader(
+        _Pixels(LabelledImages(images), tower.preprocess),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        generator=torch.Generator(),  # else the loader draws from the caller's
+    )
     device = next((p.device for p in tower.parameters()), torch.device("cpu"))
     was_training = {module: module.training for module in tower.modules()}
     embeddings = []
@@ -64,24 +74,18 @@ def embed_images(
 
 
 class _Pixels(Dataset[Tensor]):
-    """Preprocessed images of a dataset, or of images without labels."""
+    """Preprocessed images of a dataset."""
 
-    def __init__(self, tower: nn.Module, images: Any) -> None:
-        self.tower = tower
-        self.images = images if _are_images(images) else LabelledImages(images)
-        if not len(self.images):
-            raise ValueError("`images` must have at least one image, got none.")
+    def __init__(self, images: LabelledImages, preprocess: Callable[[Any], Tensor]) -> None:
+        self.images = images
+        self.preprocess = preprocess
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Tensor:
-        if isinstance(self.images, LabelledImages):
-            image, _ = self.images[index]
-        else:
-            image = as_rgb(self.images[index])
-        pixels: Tensor = self.tower.preprocess(image)  # type: ignore[operator]
-        return pixels
+        image, _ = self.images[index]
+        return self.preprocess(image)
 
 
 def _are_images(images: Any) -> bool:

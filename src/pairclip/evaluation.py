@@ -33,7 +33,7 @@ _NEIGHBORS = 5
 _MOST_CONFUSED = 5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evaluation:
     """Figures of one set of embeddings, each item searched among the others.
 

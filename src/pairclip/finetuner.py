@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -34,7 +35,7 @@ class History:
     Attributes:
         steps: One record per step: ``step`` (from 1), ``epoch`` (from 0), ``loss``,
             ``learning_rate`` (of the first parameter group) and ``gradient_norm`` (before
-            clipping).
+            clipping; None where a float16 gradient overflowed).
         evaluations: One record per evaluation: ``step`` and the figures of
             `Evaluation.to_dict`.
         skipped_steps: Steps left out because a float16 gradient overflowed.
@@ -46,7 +47,7 @@ class History:
         0.5
     """
 
-    steps: list[dict[str, float]] = field(default_factory=list)
+    steps: list[dict[str, float | None]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     skipped_steps: int = 0
 
@@ -122,8 +123,15 @@ class Finetuner:
                 f"`tower` must be a VisionTower, got {type(tower).__name__}. "
                 "`pairclip.load_tower` makes one of any module."
             )
-        if not callable(loss):
-            raise TypeError(f"`loss` must be callable, got {loss!r}.")
+        if not callable(loss) or isinstance(loss, type):
+            raise TypeError(f"`loss` must be a callable, such as an instance, got {loss!r}.")
+        for name, value in [
+            ("learning_rate", learning_rate),
+            ("weight_decay", weight_decay),
+            ("warmup_ratio", warmup_ratio),
+            ("max_grad_norm", 1.0 if max_grad_norm is None else max_grad_norm),
+        ]:
+            _checks.check_number(name, value)
         if not (math.isfinite(learning_rate) and learning_rate > 0):
             raise ValueError(f"`learning_rate` must be positive and finite, got {learning_rate}.")
         if not (math.isfinite(weight_decay) and weight_decay >= 0):
@@ -135,6 +143,11 @@ class Finetuner:
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(
                 f"`max_grad_norm` must be positive, got {max_grad_norm}. None clips nothing."
+            )
+        if optimizer is not None and not callable(optimizer):
+            raise TypeError(
+                "`optimizer` must be a callable that takes the parameters, for instance "
+                f"`lambda parameters: torch.optim.SGD(parameters, lr=0.1)`, got {optimizer!r}."
             )
         if optimizer is not None and (learning_rate != _LEARNING_RATE or weight_decay):
             raise ValueError(
@@ -150,7 +163,7 @@ class Finetuner:
         self.optimizer = optimizer
         self.precision = precision
         self.max_grad_norm = max_grad_norm
-        self.seed = seed
+        self.seed = _checks.check_count("seed", seed)
 
     def fit(
         self,
@@ -209,19 +222,23 @@ class Finetuner:
             generator=torch.Generator().manual_seed(self.seed),
         )
         bar = tqdm(total=num_steps, desc="Fine-tuning", unit="step", disable=None)
-        with training(self.tower, accelerator.device), bar:
+        with training(run.modules, accelerator.device), bar:
             torch.manual_seed(self.seed)
             for step, (pixels, labels) in enumerate(loader, start=1):
-                record: dict[str, float] = {"step": step, "epoch": (step - 1) // len(sampler)}
+                record: dict[str, float | None] = {
+                    "step": step,
+                    "epoch": (step - 1) // len(sampler),
+                }
                 record |= run.step(pixels, labels, step)
                 history.steps.append(record)
                 bar.set_postfix(loss=f"{record['loss']:.4f}", rate=f"{record['learning_rate']:.1e}")
                 bar.update()
                 due = step % (eval_every or len(sampler)) == 0 or step == num_steps
                 if evaluated is not None and due:
+                    run.check_weights(step)
                     figures = evaluate(self.tower, evaluated).to_dict()
                     history.evaluations.append({"step": step, **figures})
-            run.check_weights()
+            run.check_weights(num_steps)
         history.skipped_steps = run.skipped_steps
         return history
 
@@ -237,12 +254,28 @@ class Finetuner:
                 )
             if not isinstance(sampler, BatchSampler):
                 raise TypeError(f"`sampler` must have `__iter__` and `__len__`, got {sampler!r}.")
+            if not len(sampler):
+                raise ValueError(
+                    "`sampler` has no batch, its len() is 0. Are its batches larger than the "
+                    "dataset, with drop_last=True?"
+                )
             if batch_size != _BATCH_SIZE:
                 raise ValueError(f"`batch_size` {batch_size} would be ignored: `sampler` decides.")
             return sampler
         _checks.check_positive_int("batch_size", batch_size)
-        balanced = None if pairs else _balanced_sampler(labels, batch_size, self.seed)
-        return balanced or _pair_sampler(labels, batch_size, self.seed)
+        if pairs:
+            return _pair_sampler(labels, batch_size, self.seed)
+        balanced = _balanced_sampler(labels, batch_size, self.seed)
+        if balanced is not None:
+            return balanced
+        fallback = _pair_sampler(labels, batch_size, self.seed)
+        warnings.warn(
+            f"Batches of {batch_size} images can't hold equally many of several classes without "
+            "leaving classes out, so they are made of pairs. Choose a `batch_size` that P classes "
+            "times K images make up, with K at most the images of the smallest class, to avoid it.",
+            stacklevel=3,
+        )
+        return fallback
 
 
 def _check_length(epochs: int, max_steps: int | None) -> None:
@@ -266,14 +299,15 @@ def _pair_sampler(labels: Tensor, batch_size: int, seed: int) -> PairSampler:
 
 
 def _balanced_sampler(labels: Tensor, batch_size: int, seed: int) -> ClassBalancedSampler | None:
-    """P classes times K images that make up the batch: K from 4 on, else 3 or 2."""
+    """P classes times K images that make up the batch: K from 4 on, else 3 or 2.
+
+    None where such batches would leave out a class that has two images.
+    """
     counts = labels.unique(return_counts=True)[1]
+    counts = counts[counts > 1]
     for samples in [*range(4, batch_size // 2 + 1), 3, 2]:
         classes = batch_size // samples
-        if (
-            classes >= 2
-            and classes * samples == batch_size
-            and (counts >= samples).sum() >= classes
-        ):
+        divides = classes * samples == batch_size
+        if divides and 2 <= classes <= len(counts) and bool((counts >= samples).all()):
             return ClassBalancedSampler(labels, classes, samples, seed=seed)
     return None

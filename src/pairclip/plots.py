@@ -132,7 +132,7 @@ def plot_class_similarity(
     """
     values = evaluation.class_similarity
     count = len(values)
-    cell = 0.55 if count <= _MOST_FIGURES else max(0.12, 16 / count)
+    cell = 0.55 if count <= _MOST_FIGURES else 16 / count
     size = max(2.5, cell * count)
     figure = _new_figure(size + 2.6, size + 1.9, layout="compressed")
     axes = figure.add_subplot()
@@ -179,7 +179,7 @@ def plot_history(
         3 if evaluated else 2, 1, sharex=True, height_ratios=[3, 3, 1] if evaluated else [3, 1]
     )
     steps = [record["step"] for record in history.steps]
-    losses = np.array([record["loss"] for record in history.steps])
+    losses = np.array([record["loss"] for record in history.steps], float)
     many = len(steps) > 50
     rows[0].plot(steps, losses, color="0.7" if many else "C0", linewidth=1, marker=_marker(steps))
     if many:
@@ -273,11 +273,11 @@ def _check_names(names: Sequence[str] | None, count: int) -> None:
 
 
 def _shortened(name: str, length: int) -> str:
-    name = " ".join(name.split())
+    name = " ".join(str(name).split())
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
-def _marker(steps: list[float]) -> str:
+def _marker(steps: list[Any]) -> str:
     return "o" if len(steps) == 1 else ""
 
 

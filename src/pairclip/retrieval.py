@@ -117,9 +117,12 @@ def knn_accuracy(
         1.0
     """
     _checks.check_positive_int("k", k)
-    search = _search(train, train_labels, test, test_labels)
+    names = ("train", "train_labels", "test", "test_labels")
+    search = _search(train, train_labels, test, test_labels, names)
     if k > len(search.items):
         raise ValueError(f"`k` must be at most the number of items, got {k} for {len(train)}.")
+    if not len(search.queries):
+        raise ValueError("`test` must have at least one row, got none.")
     return float(torch.cat([_vote(block, k) for block in _blocks(search)]).mean())
 
 
@@ -148,19 +151,25 @@ class _Block(NamedTuple):
     labels: Tensor  # [b]
 
 
-def _search(embeddings: Any, labels: Any, queries: Any, query_labels: Any) -> _Search:
-    items = _checks.unit_rows(_checks.as_embeddings("embeddings", embeddings, finite=True))
-    labels = _checks.as_labels("labels", labels, length=len(items)).to(items.device)
+def _search(
+    embeddings: Any,
+    labels: Any,
+    queries: Any,
+    query_labels: Any,
+    names: tuple[str, str, str, str] = ("embeddings", "labels", "queries", "query_labels"),
+) -> _Search:
+    items = _checks.unit_rows(_checks.as_embeddings(names[0], embeddings, finite=True))
+    labels = _checks.as_labels(names[1], labels, length=len(items)).to(items.device)
     if (queries is None) != (query_labels is None):
-        raise ValueError("`queries` and `query_labels` go together; only one was given.")
+        raise ValueError(f"`{names[2]}` and `{names[3]}` go together; only one was given.")
     if queries is None:
         return _Search(items, labels, items, labels, own=True)
-    rows = _checks.unit_rows(_checks.as_embeddings("queries", queries, finite=True)).to(items)
+    rows = _checks.unit_rows(_checks.as_embeddings(names[2], queries, finite=True)).to(items)
     if rows.shape[1] != items.shape[1]:
         raise ValueError(
-            f"`queries` must have embedding size {items.shape[1]}, got {rows.shape[1]}."
+            f"`{names[2]}` must have embedding size {items.shape[1]}, got {rows.shape[1]}."
         )
-    query_labels = _checks.as_labels("query_labels", query_labels, length=len(rows))
+    query_labels = _checks.as_labels(names[3], query_labels, length=len(rows))
     return _Search(items, labels, rows, query_labels.to(items.device), own=False)
 
 
@@ -195,6 +204,8 @@ def per_query(
     for whole_block in _blocks(search):
         findable = whole_block.relevant.any(dim=1)
         block = _Block(*(part[findable] for part in whole_block))
+        if not len(block.queries):
+            continue
         ties = _ties(block.scores)
         rows.append(block.queries)
         hits.append(torch.stack([_hit(block.relevant, ties, k) for k in ks], dim=1))
@@ -309,4 +320,4 @@ def _vote(block: _Block, k: int) -> Tensor:
     best = votes.max(dim=1).values
     # Weights are sums of fractions: equal votes may differ in their last bits.
     winners = (votes[:, :-1] >= best[:, None] - 1e-9).sum(dim=1)
-    return torch.where(mine >= best - 1e-9, 1.0 / winners, 0.0)
+    return torch.where(mine >= best - 1e-9, 1 / winners.double(), 0.0)

@@ -221,9 +221,13 @@ class PairSampler(EpochSampler):
             )
         else:
             alone = deal(self._alone, alone_per_batch, (self._seed, alone_before), rng)
-            paired_items = np.flatnonzero(self._groups.counts[self._groups.class_of] > 1)
+            paired_items = self._groups.order
+            if len(self._alone):
+                paired_items = paired_items[
+                    self._groups.counts[self._groups.class_of[paired_items]] > 1
+                ]
             paired = deal(paired_items, paired_per_batch, (self._seed, paired_before), rng)
-        anchors = np.empty((batches, pairs), np.int64)
+        anchors = np.empty((batches, pairs), self._groups.order.dtype)
         is_paired = np.arange(pairs) < paired_per_batch[:, None]
         anchors[is_paired] = paired
         anchors[~is_paired] = alone
@@ -249,18 +253,23 @@ class PairSampler(EpochSampler):
         self, classes: Indices, count: int, before: int, rng: np.random.Generator
     ) -> Indices:
         """`count` anchors, evenly from the classes and within each from its shuffled items."""
-        if not count:
-            return np.empty(0, np.int64)
-        drawn = deal(classes, np.array([count]), (self._seed, before), rng, distinct=False)
-        rng.shuffle(drawn)
         groups = self._groups
-        shuffled = rng.permutation(len(groups.order))
-        shuffled = shuffled[np.argsort(groups.class_of[shuffled], kind="stable")]
-        turn = np.empty(count, np.int64)
-        by_class = np.argsort(drawn, kind="stable")
-        ordered = drawn[by_class]
-        turn[by_class] = np.arange(count) - np.searchsorted(ordered, ordered)
-        return shuffled[groups.starts[drawn] + turn % groups.counts[drawn]]
+        small = groups.order.dtype
+        drawn = deal(
+            classes.astype(small), np.array([count]), (self._seed, before), rng, distinct=False
+        )
+        rng.shuffle(drawn)
+        by_class = np.argsort(drawn, kind="stable").astype(small)
+        drawn_of = np.bincount(drawn, minlength=len(groups.counts))
+        turn = np.empty(count, small)
+        turn[by_class] = np.arange(count, dtype=small)
+        turn -= (np.cumsum(drawn_of) - drawn_of).astype(small)[drawn]
+        del by_class
+        turn %= groups.counts[drawn]
+        turn += groups.starts[drawn]
+        shuffled = rng.permutation(np.arange(len(groups.order), dtype=small))
+        anchors: Indices = shuffled[np.argsort(groups.class_of[shuffled], kind="stable")][turn]
+        return anchors
 
     def _with_partners(self, anchors: Indices, rng: np.random.Generator) -> Indices:
         """Pairs ``[batches, 2 * pairs]`` of the anchors and partners drawn for them, shuffled."""
@@ -389,7 +398,7 @@ class ClassBalancedSampler(EpochSampler):
     def _draw(self, of_class: int, decks: dict[int, Indices], rng: np.random.Generator) -> Indices:
         """K items from the class's deck: what is left of it first, then from a new one."""
         count = self.samples_per_class
-        deck = decks.get(of_class, np.empty(0, np.int64))
+        deck = decks.get(of_class, self._groups.order[:0])
         if len(deck) < count:
             start = self._groups.starts[of_class]
             items = self._groups.order[start : start + self._groups.counts[of_class]]

@@ -64,6 +64,8 @@ def similarity_matrix(
         out = rows.new_empty(shape)
     elif not isinstance(out, (Tensor, np.ndarray)):
         raise TypeError(f"`out` must be a tensor or a NumPy array, got {type(out).__name__}.")
+    elif not (out.is_floating_point() if isinstance(out, Tensor) else out.dtype.kind == "f"):
+        raise TypeError(f"`out` must be floating point, got {out.dtype}.")
     elif tuple(out.shape) != shape:
         raise ValueError(f"`out` must have shape {list(shape)}, got {list(out.shape)}.")
     for start in range(0, len(rows), block_size):

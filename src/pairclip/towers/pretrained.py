@@ -122,8 +122,8 @@ class PretrainedTower(VisionTower):
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the image tower and its image processor, for `transformers` and `load_tower`.
 
-        All is written beside `folder` first, so a failure leaves no half-written model. In a
-        folder that exists, files of the same name are replaced and others stay.
+        All is written into a folder of another name first, so a failure leaves no half-written
+        model. In a folder that exists, files of the same name are replaced and others stay.
 
         Args:
             folder: Where to write; made if it is missing.
@@ -134,7 +134,9 @@ class PretrainedTower(VisionTower):
         folder = Path(folder).absolute()
         if folder.is_file():
             raise FileExistsError(f"`folder` must be a folder, got the file '{folder}'.")
-        unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+        # Where `folder` exists it may be the only one here on its disk, so the inside is used.
+        parent = folder if folder.exists() else folder.parent
+        unfinished = parent / f".{folder.name}.{uuid.uuid4().hex}"
         model: Any = self.model
         try:
             unfinished.mkdir(parents=True)
