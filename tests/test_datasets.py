@@ -113,7 +113,7 @@ def test_paths_are_opened(folder: Path) -> None:
 def test_a_dataset_that_does_not_tell_is_read_once_and_says_so() -> None:
     dataset = FakeData(size=4, image_size=(3, 8, 8), num_classes=3)
     with pytest.warns(UserWarning, match="FakeData does not tell its labels, so all its 4") as said:
-        data = LabelledImages(dataset)
+        data = LabelledImages(LabelledImages(dataset))
     assert len(said) == 1
     assert data.labels.tolist() == [int(dataset[i][1]) for i in range(4)]
 

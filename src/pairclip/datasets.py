@@ -51,13 +51,11 @@ class LabelledImages(Dataset[tuple[Image.Image, int]]):
     """
 
     def __init__(self, dataset: Any) -> None:
-        if isinstance(dataset, LabelledImages):
-            dataset = dataset.dataset
-        self.dataset: Any = dataset
         labels, self.class_names = _labels_and_names(dataset)
         if not len(labels):
             raise ValueError("`dataset` has no images. Check the folder or the filter it is from.")
         self.labels = torch.from_numpy(labels.copy())
+        self.dataset: Any = dataset.dataset if isinstance(dataset, LabelledImages) else dataset
 
     def __len__(self) -> int:
         return len(self.labels)
