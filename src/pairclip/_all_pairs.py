@@ -9,6 +9,7 @@ among thousands of single items leaves nothing of them in float32.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -174,24 +175,56 @@ def _hinge(
     unit: Tensor, classes: Classes, margin: float, weight: Tensor, wanted: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Sum of ``max(0, S - margin)`` over pairs of different classes; weighted gradient."""
-    size, width = unit.shape
-    ids = classes.ids
-    gradient = torch.zeros_like(unit) if wanted else None
-    total = unit.new_zeros((), dtype=torch.float64)
-    # A block is half as large as the embeddings, its mask an eighth of it.
-    block = max(1, min(size, width // 2))
-    for start in range(0, size, block):
-        stop = min(start + block, size)
-        left, right = unit[start:stop], unit[start:]
-        excess = (left @ right.T).sub_(margin).clamp_min_(0)
-        excess.masked_fill_(ids[start:stop, None] == ids[start:], 0)
-        excess[:, : stop - start].triu_(1)
-        total += excess.sum(dim=1).double().sum()
-        if gradient is not None:
-            active = excess.sign_()
-            gradient[start:stop].addmm_(active, right)
-            gradient[start:].addmm_(active.T, left)
-    return total, None if gradient is None else gradient.mul_(weight.to(unit.dtype))
+    rows, ids = unit[classes.order], classes.ids[classes.order]
+    gradient = torch.zeros_like(rows)
+    total = rows.new_zeros((), dtype=torch.float64)
+    for start, stop, first, same_until in _row_blocks(classes, most=max(1, unit.shape[1])):
+        left, right = rows[start:stop], rows[first:]
+        similarity = left @ right.T
+        if first == start:
+            same = ids[start:stop, None] == ids[start:same_until]
+            similarity[:, : same_until - start].masked_fill_(same, -2)  # below any margin
+        active = similarity.gt_(margin)
+        if first == start:
+            active[:, : stop - start].triu_(1)
+        # The similarities of the active pairs add up row by row in their gradient.
+        toward = active @ right
+        total += (toward * left).sum(dim=1).double().sum()
+        total -= margin * active.sum(dim=1).double().sum()
+        if wanted:
+            gradient[start:stop] += toward
+            gradient[first:].addmm_(active.T, left)
+    if not wanted:
+        return total, None
+    gradient.mul_(weight.to(unit.dtype))
+    return total, torch.empty_like(gradient).index_copy_(0, classes.order, gradient)
+
+
+def _row_blocks(classes: Classes, most: int) -> Iterator[tuple[int, int, int, int]]:
+    """Blocks of rows sorted by class: start, stop, first column, end of same-class columns.
+
+    Where the counts can be read without waiting for a device, blocks end where classes do, so
+    that a block of one class needs no column of its own class, and others need few masks.
+    """
+    size = len(classes.order)
+    counts_at_hand = classes.order.device.type == "cpu"
+    if not counts_at_hand:
+        for start in range(0, size, most):
+            yield start, min(start + most, size), start, size
+        return
+    start = end = 0
+    for count in classes.counts.tolist():
+        if count >= most or end + count - start > most:
+            if end > start:
+                yield start, end, start, end
+            start = end
+        end += count
+        if count >= most:
+            for begin in range(start, end, most):
+                yield begin, min(begin + most, end), end, end
+            start = end
+    if end > start:
+        yield start, end, start, end
 
 
 def _squared(
