@@ -19,6 +19,8 @@ from torch.autograd.function import FunctionCtx
 
 from pairclip._checks import row_norms
 
+# Numbers in a piece of rows that fits a processor's cache.
+_PIECE = 1 << 19
 # Rows that one float32 addition chain sums up, so that its rounding stays near 1e-6.
 _CHAIN = 256
 
@@ -52,8 +54,8 @@ def group_by_class(labels: Tensor) -> Classes:
     )
 
 
-def class_sums(rows: Tensor, classes: Classes) -> Tensor:
-    """Sum of the rows of each class slot, float64 ``[C, D]``."""
+def class_sums(rows: Tensor, weights: Tensor, classes: Classes) -> Tensor:
+    """Weighted sum of the rows of each class slot, float64 ``[C, D]``."""
     places = torch.arange(len(rows), device=rows.device)
     slots = classes.ids[classes.order]
     first = places % _CHAIN == 0
@@ -61,7 +63,13 @@ def class_sums(rows: Tensor, classes: Classes) -> Tensor:
     chains = first.long().cumsum(0) - 1
     size = int(chains[-1]) + 1 if rows.device.type == "cpu" else len(rows)
     chain_starts = torch.searchsorted(chains, places[:size])
-    sums = F.embedding_bag(classes.order, rows, chain_starts, mode="sum").double()
+    sums = F.embedding_bag(
+        classes.order,
+        rows,
+        chain_starts,
+        mode="sum",
+        per_sample_weights=weights[classes.order],
+    ).double()
     # A slot's chains are those from its first row's; empty slots start behind the last row.
     slot_starts = torch.cat([chains, chains[-1:] + 1])[classes.starts]
     return F.embedding_bag(places[:size], sums, slot_starts.clamp_max(size), mode="sum")
@@ -95,7 +103,10 @@ class AllPairs(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
         """The kept gradient, scaled."""
         gradient, rows = ctx.saved_tensors
-        return _FirstOrder.apply(gradient * grad_outputs[0], rows), None, None, None, None
+        # The usual factor of 1 is not worth a copy where looking at it costs no waiting.
+        if not (rows.device.type == "cpu" and grad_outputs[0] == 1):
+            gradient = gradient * grad_outputs[0]
+        return _FirstOrder.apply(gradient, rows), None, None, None, None
 
 
 class _FirstOrder(torch.autograd.Function):
@@ -123,10 +134,10 @@ def _value_and_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     norms = row_norms(rows)
     nonzero = norms > 0
-    lengths = norms.where(nonzero, 1.0).to(rows.dtype)[:, None]
-    unit = rows / lengths
+    lengths = norms.where(nonzero, 1.0).to(rows.dtype)
     classes = group_by_class(labels)
-    sums = class_sums(unit, classes)
+    inverse = (1 / lengths).clamp_max_(torch.finfo(rows.dtype).max)
+    sums = class_sums(rows, inverse, classes)
 
     counts = classes.counts
     same_pairs = (counts * (counts - 1)).sum() // 2
@@ -150,21 +161,31 @@ def _value_and_gradient(
         total = sums.sum(dim=0)
         value = value + different_weight * (total.square().sum() - squared_sums.sum()) / 2
         table += different_weight * (total - sums)
-    elif negatives == "squared":
-        different, gradient = _squared(unit, classes, different_weight, wanted)
-        value = value + different_weight * different
     else:
-        different, gradient = _hinge(unit, classes, margin, different_weight, wanted)
+        unit = rows / lengths[:, None]
+        if negatives == "squared":
+            different, gradient = _squared(unit, classes, different_weight, wanted)
+        else:
+            different, gradient = _hinge(unit, classes, margin, different_weight, wanted)
         value = value + different_weight * different
     value = value.to(rows.dtype)
     if not wanted:
         return value, None
-    by_class = table.to(rows.dtype)[classes.ids]
-    gradient = by_class if gradient is None else gradient.add_(by_class)
-    # Through the normalisation: the part orthogonal to the row, over its length.
-    gradient.addcmul_(unit, (unit * gradient).sum(dim=1, keepdim=True), value=-1)
-    gradient.div_(lengths).mul_(nonzero[:, None])
-    return value, gradient
+    table = table.to(rows.dtype)
+    scale = inverse * nonzero
+    result = torch.empty_like(rows) if gradient is None else gradient
+    on_cpu = rows.device.type == "cpu"
+    size = max(1, _PIECE // max(1, rows.shape[1])) if on_cpu else len(rows)
+    for start in range(0, len(rows), size):
+        piece = slice(start, start + size)
+        toward = table[classes.ids[piece]]
+        if gradient is not None:
+            toward += gradient[piece]
+        # Through the normalisation: the part orthogonal to the row, over its length.
+        unit = rows[piece] / lengths[piece, None]
+        toward.addcmul_(unit, (unit * toward).sum(dim=1, keepdim=True), value=-1)
+        torch.mul(toward, scale[piece, None], out=result[piece])
+    return value, result
 
 
 def _weight(fraction: float, pairs: Tensor) -> Tensor:

@@ -133,7 +133,13 @@ def check_fraction(name: str, value: float) -> None:
 
 def row_norms(rows: Tensor) -> Tensor:
     """Euclidean length of each row, float64 ``[N]``; no float32 length is lost to underflow."""
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    norms: Tensor
+    if rows.device.type == "cpu" and rows.dtype == torch.float32 and len(rows):
+        # Float64 costs a copy of the rows, so it is left to lengths whose squares may not fit.
+        norms = torch.linalg.vector_norm(rows, dim=1)
+        if norms.min() > 1e-15 and norms.max() < 1e15:
+            return norms.double()
+    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
     return norms
 
 
