@@ -272,12 +272,13 @@ def test_zero_columns_change_nothing_so_blocks_do_not_matter(batch, form, fracti
 
 @checked
 @given(batches(smallest=12), forms, fractions, st.integers(1, 6))
-def test_length_of_the_addition_chains_does_not_matter(batch, form, fraction, chain):
+def test_length_of_addition_chains_and_pieces_does_not_matter(batch, form, fraction, chain):
     rows, labels = batch
     options = form | {"positive_fraction": fraction}
     expected = value_and_gradients(lambda x: brute_force(x, labels, **options), rows)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(implementation, "_CHAIN", chain)
+        patch.setattr(implementation, "_PIECE", chain * rows.shape[1])
         actual = value_and_gradients(lambda x: all_pairs_cosine_loss(x, labels, **options), rows)
     for ours, theirs in zip(actual, expected, strict=True):
         assert_close(ours, theirs)
