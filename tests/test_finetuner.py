@@ -187,7 +187,8 @@ def test_evaluations_come_after_each_epoch_or_as_often_as_asked(tower, images) -
     history = finetuner.fit(images, batch_size=12, max_steps=5, eval_dataset=images, eval_every=2)
     assert [record["step"] for record in history.evaluations] == [2, 4, 5]
     expected = evaluate(tower, images).to_dict()
-    assert history.evaluations[-1] == {"step": 5, **expected}
+    single = {key: value for key, value in expected.items() if isinstance(value, (int, float))}
+    assert history.evaluations[-1] == {"step": 5, **single}
 
 
 def test_history_goes_to_json_and_back(tower, images, tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
-"""Which images a run loads at each step, and with which randomness."""
+"""Which images a process loads at each step, and with which randomness."""
 
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pairclip import _checks
 from pairclip.datasets import LabelledImages
+from pairclip.samplers import ClassBalancedSampler, PairSampler
 
 
 @runtime_checkable
@@ -44,61 +47,110 @@ class TrainingItems(Dataset[tuple[Tensor, int]]):
 
     def __getitems__(self, keys: list[ItemKey]) -> list[tuple[Tensor, int]]:
         """The items of one batch (a `DataLoader` asks for them at once)."""
-        with _random_state_kept():
+        with random_state_kept():
             return [self[key] for key in keys]
 
     def __getitem__(self, key: ItemKey) -> tuple[Tensor, int]:
         """One item; it seeds the global generators of Python, NumPy and torch (CPU)."""
-        sequence = np.random.SeedSequence((self.seed, key.epoch, key.position))
-        seed = int(sequence.generate_state(1)[0])
-        random.seed(seed)
-        np.random.seed(seed)  # noqa: NPY002 - users' transforms draw from it
-        torch.default_generator.manual_seed(seed)
+        if not self.data.of_features:  # which are read as they were written: nothing is random
+            seed_all(self.seed, key.epoch, key.position)
         image, label = self.data[key.item]
         return self.preprocess(image), label
 
 
 class RunBatches:
-    """The batches of a whole run, so that loading does not pause between epochs.
+    """One process's slices of a run's batches; loading does not pause between epochs.
+
+    The sampler draws from random streams of its own, which follow from (seed, epoch): every
+    process and every resumed run gets the same batches, whatever generators the sampler uses.
+
+    Args:
+        sampler: Gives the whole batches.
+        num_items: Items of the dataset.
+        steps: The steps to load, from 0.
+        seed: Decides what a sampler without a seed of its own draws.
+        process: Number of this process.
+        num_processes: Processes that share each batch.
 
     Raises:
-        ValueError: If the sampler yields more or fewer batches than its ``len()``, or indices
-            that the dataset does not have.
+        ValueError: If the sampler yields more or fewer batches than its ``len()``, indices
+            that the dataset does not have, or a batch that the processes don't divide.
         TypeError: If it yields something other than batches of indices.
     """
 
-    def __init__(self, sampler: BatchSampler, *, num_items: int, num_steps: int) -> None:
+    def __init__(
+        self,
+        sampler: BatchSampler,
+        *,
+        num_items: int,
+        steps: range,
+        seed: int = 0,
+        process: int = 0,
+        num_processes: int = 1,
+    ) -> None:
         self.sampler = sampler
         self.num_items = num_items
-        self.num_steps = num_steps
+        self.steps = steps
+        self.seed = seed
+        self.process = process
+        self.num_processes = num_processes
 
     def __len__(self) -> int:
-        return self.num_steps
+        return len(self.steps)
 
     def __iter__(self) -> Iterator[list[ItemKey]]:
         step = epoch = 0
-        while step < self.num_steps:
-            set_epoch = getattr(self.sampler, "set_epoch", None)
-            if set_epoch is not None:
-                set_epoch(epoch)
-            position = batches = 0
-            for batch in self.sampler:
-                self._check(batch)
-                batches += 1
-                if batches > len(self.sampler):
-                    break
-                yield [ItemKey(epoch, position + i, index) for i, index in enumerate(batch)]
+        if hasattr(self.sampler, "set_epoch"):
+            # Other samplers are gone through from the start, to be where they were.
+            epoch = self.steps.start // len(self.sampler)
+            step = epoch * len(self.sampler)
+        while step < self.steps.stop:
+            position = 0
+            for batch in self._epoch(epoch):
+                if step in self.steps:
+                    yield self._share(batch, epoch, position)
                 position += len(batch)
                 step += 1
-                if step == self.num_steps:
+                if step == self.steps.stop:
                     return
-            if batches != len(self.sampler):
-                more = "more" if batches > len(self.sampler) else f"only {batches}"
-                raise ValueError(
-                    f"`sampler` yielded {more} batches in epoch {epoch}, but its len() is "
-                    f"{len(self.sampler)}. Make len() the number of batches that it yields."
-                )
             epoch += 1
+
+    def _epoch(self, epoch: int) -> Iterator[Sequence[int]]:
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
+        with random_state_kept():
+            seed_all(self.seed, epoch)
+            batches = iter(self.sampler)
+            state = _random_state()
+        count = 0
+        while True:
+            with random_state_kept():
+                _set_random_state(state)
+                batch = next(batches, None)
+                state = _random_state()
+            if batch is None:
+                break
+            count += 1
+            if count > len(self.sampler):
+                break
+            self._check(batch)
+            yield batch
+        if count != len(self.sampler):
+            more = "more" if count > len(self.sampler) else f"only {count}"
+            raise ValueError(
+                f"`sampler` yielded {more} batches in epoch {epoch}, but its len() is "
+                f"{len(self.sampler)}. Make len() the number of batches that it yields."
+            )
+
+    def _share(self, batch: Sequence[int], epoch: int, position: int) -> list[ItemKey]:
+        share, rest = divmod(len(batch), self.num_processes)
+        if rest:
+            raise ValueError(
+                f"A batch of {len(batch)} images can't be divided among {self.num_processes} "
+                "processes. Choose a batch size that is a multiple of their number."
+            )
+        mine = range(self.process * share, (self.process + 1) * share)
+        return [ItemKey(epoch, position + i, int(batch[i])) for i in mine]
 
     def _check(self, batch: Any) -> None:
         if not isinstance(batch, (Sequence, np.ndarray, Tensor)):
@@ -114,13 +166,94 @@ class RunBatches:
             )
 
 
+def check_sampler(sampler: BatchSampler, *, pairs: bool) -> None:
+    """Raise unless `sampler` can give batches, of pairs if the loss takes pairs."""
+    if pairs and not isinstance(sampler, PairSampler):
+        raise ValueError(
+            f"A `CosinePairLoss` takes the pairs of a `PairSampler`, got "
+            f"{type(sampler).__name__}. Use `AllPairsCosineLoss` for other batches."
+        )
+    if not isinstance(sampler, BatchSampler):
+        raise TypeError(f"`sampler` must have `__iter__` and `__len__`, got {sampler!r}.")
+    if not len(sampler):
+        raise ValueError(
+            "`sampler` has no batch, its len() is 0. Are its batches larger than the dataset, with "
+            "drop_last=True?"
+        )
+
+
+def default_sampler(labels: Tensor, batch_size: int, seed: int, *, pairs: bool) -> BatchSampler:
+    """Batches for a loss on pairs, or as many of each class as the classes allow."""
+    _checks.check_positive_int("batch_size", batch_size)
+    if pairs:
+        return _pair_sampler(labels, batch_size, seed)
+    balanced = _balanced_sampler(labels, batch_size, seed)
+    if balanced is not None:
+        return balanced
+    fallback = _pair_sampler(labels, batch_size, seed)
+    warnings.warn(
+        f"Batches of {batch_size} images can't hold equally many of several classes without "
+        "leaving classes out, so they are made of pairs. Choose a `batch_size` that P classes "
+        "times K images make up, with K at most the images of the smallest class, to avoid it.",
+        stacklevel=3,
+    )
+    return fallback
+
+
+def _pair_sampler(labels: Tensor, batch_size: int, seed: int) -> PairSampler:
+    if batch_size % 2:
+        raise ValueError(f"`batch_size` must be even for pairs, got {batch_size}.")
+    if batch_size > 2 * len(labels):
+        raise ValueError(
+            f"`batch_size` must be at most two per image, got {batch_size} for {len(labels)} "
+            "images. Lower it."
+        )
+    return PairSampler(labels, batch_size // 2, seed=seed)
+
+
+def _balanced_sampler(labels: Tensor, batch_size: int, seed: int) -> ClassBalancedSampler | None:
+    """P classes times K images that make up the batch: K from 4 on, else 3 or 2.
+
+    None where such batches would leave out a class that has two images.
+    """
+    counts = labels.unique(return_counts=True)[1]
+    counts = counts[counts > 1]
+    for samples in [*range(4, batch_size // 2 + 1), 3, 2]:
+        classes = batch_size // samples
+        divides = classes * samples == batch_size
+        if divides and 2 <= classes <= len(counts) and bool((counts >= samples).all()):
+            return ClassBalancedSampler(labels, classes, samples, seed=seed)
+    return None
+
+
+def mixed_seed(*parts: int) -> int:
+    """One seed from several numbers; every combination gives an unrelated stream."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+def seed_all(*parts: int) -> None:
+    """Seed the global generators of Python, NumPy and torch (CPU)."""
+    seed = mixed_seed(*parts)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - users' transforms, samplers and losses draw from it
+    torch.default_generator.manual_seed(seed)
+
+
+def _random_state() -> tuple[Any, Any, Tensor]:
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+
+
+def _set_random_state(state: tuple[Any, Any, Tensor]) -> None:
+    random.setstate(state[0])
+    np.random.set_state(state[1])  # noqa: NPY002
+    torch.set_rng_state(state[2])
+
+
 @contextmanager
-def _random_state_kept() -> Iterator[None]:
-    python_state, torch_state = random.getstate(), torch.get_rng_state()
-    numpy_state = np.random.get_state()  # noqa: NPY002
+def random_state_kept() -> Iterator[None]:
+    """Afterwards the global generators of Python, NumPy and torch (CPU) are as before."""
+    state = _random_state()
     try:
         yield
     finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)  # noqa: NPY002
-        torch.set_rng_state(torch_state)
+        _set_random_state(state)

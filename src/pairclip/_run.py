@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
+from pairclip._exact_step import BatchResult, Loss, backward
 from pairclip.losses import CosinePairLoss
 from pairclip.samplers import PairSampler
 
 if TYPE_CHECKING:
     from pairclip.finetuner import Finetuner
 
-Loss = Callable[[Tensor, Tensor], Tensor]
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -35,7 +39,10 @@ class Run:
         self.modules: list[nn.Module] = [self.tower]
         if isinstance(settings.loss, nn.Module):
             self.modules.append(settings.loss.to(accelerator.device))
-        self.optimizer = accelerator.prepare(self._new_optimizer(self._trainable()))
+        trainable = self._trainable()
+        self._check_batch_norms()
+        self.model = self._on_every_process()
+        self.optimizer = accelerator.prepare(self._new_optimizer(trainable))
         groups = self.optimizer.param_groups
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.peak_rates = [group["lr"] for group in groups]
@@ -57,6 +64,33 @@ class Run:
                 )
         return [parameter for _, parameter in named if parameter.requires_grad]
 
+    def _check_batch_norms(self) -> None:
+        processes, pieces = self.accelerator.num_processes, self.settings.micro_batch_size
+        if processes == 1 and pieces is None:
+            return
+        for name, part in self.tower.named_modules():
+            if isinstance(part, _BatchNorm) and not _frozen(part):
+                by = f"{processes} processes" if pieces is None else f"`micro_batch_size` {pieces}"
+                raise ValueError(
+                    f"`tower` has the trainable batch norm `{name}`, whose statistics are those of "
+                    f"the whole batch, and {by} would divide it. Freeze its parameters, which "
+                    "fixes its statistics too, or train in one process with whole batches."
+                )
+
+    def _on_every_process(self) -> nn.Module:
+        accelerator = self.accelerator
+        if accelerator.num_processes == 1:
+            return self.tower
+        for module in self.modules[1:]:
+            # DDP does this for the tower.
+            for tensor in [*module.parameters(), *module.buffers()]:
+                tensor.data.copy_(broadcast(tensor.data))
+        handler = accelerator.ddp_handler
+        options = {} if handler is None else handler.to_kwargs()
+        if accelerator.device.type != "cpu":
+            options["device_ids"] = [accelerator.device]
+        return DistributedDataParallel(self.tower, **options)
+
     def _new_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         settings = self.settings
         if settings.optimizer is not None:
@@ -69,29 +103,35 @@ class Run:
         ]
         return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
 
-    def step(self, pixels: Tensor, labels: Tensor, step: int) -> dict[str, float | None]:
-        """Train on one batch, step number `step` from 1; returns what to record of it."""
-        accelerator = self.accelerator
-        factor = _rate_factor(
-            step - 1, self.num_steps, self.settings.warmup_ratio, self.settings.schedule
-        )
+    def step(
+        self, pixels: Tensor, labels: Tensor, step: int
+    ) -> tuple[BatchResult, dict[str, float | None]]:
+        """Train on this process's slice of batch number `step`, from 1.
+
+        Returns the whole batch as the loss saw it, and what to record of the step.
+        """
+        accelerator, settings = self.accelerator, self.settings
+        factor = _rate_factor(step - 1, self.num_steps, settings.warmup_ratio, settings.schedule)
         for group, peak in zip(self.optimizer.param_groups, self.peak_rates, strict=True):
             group["lr"] = peak * factor
-        with accelerator.autocast():
-            embeddings = self.tower(pixels.to(accelerator.device, non_blocking=True))
-        embeddings = embeddings.float()
-        with torch.autocast(accelerator.device.type, enabled=False):
-            loss = self.loss(embeddings, labels.to(accelerator.device, non_blocking=True))
-        _check_loss(loss)
         for module in self.modules:
             module.zero_grad()
-        accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(self.parameters, self.settings.max_grad_norm or math.inf)
+        batch = backward(
+            self.model,
+            self.loss,
+            pixels,
+            labels,
+            accelerator=accelerator,
+            micro_batch_size=settings.micro_batch_size,
+            seed=(settings.seed, step),
+        )
+        accelerator.unscale_gradients(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.parameters, settings.max_grad_norm or math.inf)
         # One look at the device for all that the host wants to know of this step.
         watched = torch.stack(
             [
-                loss.detach().double().reshape(()),
-                embeddings.detach().sum(dtype=torch.float64),
+                batch.loss.double().reshape(()),
+                batch.embeddings.sum(dtype=torch.float64),
                 norm.double(),
             ]
         )
@@ -100,12 +140,33 @@ class Run:
         for good, tensor in zip(self.good, self.state, strict=True):
             good.copy_(tensor.detach())
         self.optimizer.step()
-        self.skipped_steps += bool(accelerator.optimizer_step_was_skipped)
-        return {
+        self.skipped_steps += bool(self.optimizer.step_was_skipped)
+        return batch, {
             "loss": value,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "gradient_norm": gradient_norm if math.isfinite(gradient_norm) else None,
         }
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that decides the next steps but the tower's weights."""
+        scaler = self.accelerator.scaler
+        loss: Any = self.settings.loss
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "loss": dict(loss.state_dict()) if hasattr(loss, "state_dict") else None,
+            "skipped_steps": self.skipped_steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what `state_dict` gave."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if state["loss"] is not None:
+            loss: Any = self.settings.loss
+            loss.load_state_dict(state["loss"])
+        self.skipped_steps = state["skipped_steps"]
 
     def check_weights(self, step: int) -> None:
         """Take back a step that left a weight which isn't finite."""
@@ -133,21 +194,33 @@ class Run:
             "that gave a finite loss. Lower `learning_rate`, or check the loss and the images."
         )
 
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Training mode within; afterwards the old modes, no gradients, the old random state."""
+        was_training = {part: part.training for module in self.modules for part in module.modules()}
+        device = self.accelerator.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            try:
+                self.set_training()
+                yield
+            finally:
+                for part, was in was_training.items():
+                    part.training = was
+                for module in self.modules:
+                    module.zero_grad()
 
-@contextmanager
-def training(modules: list[nn.Module], device: torch.device) -> Iterator[None]:
-    """Training mode within; afterwards the old modes, no gradients, the old random state."""
-    was_training = {part: part.training for module in modules for part in module.modules()}
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        try:
-            for module in modules:
-                module.train()
-            yield
-        finally:
-            for part, was in was_training.items():
-                part.training = was
-            for module in modules:
-                module.zero_grad()
+    def set_training(self) -> None:
+        """Training mode, but for batch norms that are frozen, whose statistics stay as they are."""
+        for module in self.modules:
+            module.train()
+            for part in module.modules():
+                if isinstance(part, _BatchNorm) and _frozen(part):
+                    part.eval()
+
+
+def _frozen(norm: _BatchNorm) -> bool:
+    parameters = list(norm.parameters())
+    return bool(parameters) and not any(p.requires_grad for p in parameters)
 
 
 def _on_batches(loss: Loss | CosinePairLoss) -> Loss:
@@ -164,37 +237,38 @@ def _on_batches(loss: Loss | CosinePairLoss) -> Loss:
     return on_pairs
 
 
-def _check_loss(value: object) -> None:
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
-        raise ValueError(
-            f"`loss` must return one number for the batch, got {got}. Reduce it, for instance "
-            "with `reduction='mean'`."
-        )
-    if not value.requires_grad:
-        raise ValueError(
-            "`loss` returned a value without a gradient, so it can't train anything. Compute it "
-            "from the embeddings with differentiable operations."
-        )
-
-
 def new_accelerator(precision: str) -> Accelerator:
-    """An Accelerator for one process in the wanted precision."""
+    """An Accelerator in the wanted precision, for the processes that this one was launched with."""
     if precision == "auto":
+        launched_with = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        precision = "bf16" if bf16 else "no"
+        # `accelerate launch` says "no" where nothing was asked for.
+        precision = launched_with if launched_with != "no" else "bf16" if bf16 else "no"
     if precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("`precision` 'fp16' needs a GPU, and there is none. Use 'auto' or 'no'.")
     # Accelerate keeps the precision of a process's first Accelerator and refuses another one.
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=precision)
-    if accelerator.num_processes > 1:
-        raise ValueError(
-            f"Finetuner trains in one process, got {accelerator.num_processes}. Start it without "
-            "`accelerate launch`, or with --num_processes 1."
-        )
+    check_accelerator(accelerator)
     return accelerator
+
+
+def check_accelerator(accelerator: Accelerator) -> None:
+    """Raise a ValueError if it does what the exact step can't allow."""
+    accumulated = accelerator.gradient_accumulation_steps
+    if accumulated != 1:
+        raise ValueError(
+            f"`accelerator` accumulates gradients over {accumulated} steps, which is not the loss "
+            "of one large batch. Give a larger batch and `micro_batch_size` instead."
+        )
+    kind = accelerator.distributed_type
+    sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+    if kind in sharded:
+        raise ValueError(
+            f"`accelerator` divides the model by {kind.value}, and Finetuner trains a whole tower "
+            "on each process (DDP). Launch it without, and use `micro_batch_size` to save memory."
+        )
 
 
 def _rate_factor(step: int, num_steps: int, warmup_ratio: float, schedule: str) -> float:

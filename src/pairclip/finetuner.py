@@ -5,24 +5,33 @@ from __future__ import annotations
 import json
 import math
 import os
-import warnings
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from accelerate import Accelerator
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from pairclip import _checks
-from pairclip._batches import BatchSampler, RunBatches, TrainingItems
-from pairclip._run import Loss, OptimizerFactory, Run, new_accelerator, training
+from pairclip._batches import (
+    BatchSampler,
+    RunBatches,
+    TrainingItems,
+    check_sampler,
+    default_sampler,
+)
+from pairclip._exact_step import Loss
+from pairclip._interrupts import StopSignals, ignore_stop_signals
+from pairclip._loop import Loop
+from pairclip._run import OptimizerFactory, Run, check_accelerator, new_accelerator
+from pairclip._saving import Saver, config_of, identity_of
+from pairclip.callbacks import Callback, FitState
 from pairclip.datasets import LabelledImages
-from pairclip.evaluation import evaluate
 from pairclip.losses import CosinePairLoss
-from pairclip.samplers import ClassBalancedSampler, PairSampler
 from pairclip.towers import VisionTower
+from pairclip.towers.base import tower_of
 
 _LEARNING_RATE = 1e-5
 _BATCH_SIZE = 128
@@ -36,9 +45,10 @@ class History:
         steps: One record per step: ``step`` (from 1), ``epoch`` (from 0), ``loss``,
             ``learning_rate`` (of the first parameter group) and ``gradient_norm`` (before
             clipping; None where a float16 gradient overflowed).
-        evaluations: One record per evaluation: ``step`` and the figures of
+        evaluations: One record per evaluation: ``step`` and the single figures of
             `Evaluation.to_dict`.
         skipped_steps: Steps left out because a float16 gradient overflowed.
+        stop_reason: Why a callback ended the fit early, or None.
 
     Example:
         >>> from pairclip import History
@@ -50,6 +60,7 @@ class History:
     steps: list[dict[str, float | None]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     skipped_steps: int = 0
+    stop_reason: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain lists, dicts and numbers."""
@@ -68,8 +79,12 @@ class History:
 class Finetuner:
     """Fine-tunes a tower so that a loss on its embeddings and their labels goes down.
 
+    The gradient of a step is that of the loss of the whole batch, however many processes and
+    micro-batches share the work: each image is encoded once, the loss sees all embeddings.
+
     Args:
-        tower: The tower to train, in place.
+        tower: The tower to train, in place: a `VisionTower`, the head of one that was split, or
+            one that `peft.get_peft_model` wrapped.
         loss: ``loss(embeddings [B, D] float32, labels [B] int64)`` giving a scalar: one of
             pairclip's, of pytorch-metric-learning's, or your own. A `CosinePairLoss` takes the
             pairs of a `PairSampler`. A loss's own parameters are trained too.
@@ -82,6 +97,11 @@ class Finetuner:
         precision: ``"auto"`` (bfloat16 where a GPU has it), ``"no"``, ``"bf16"`` or ``"fp16"``.
             The loss is always computed in float32.
         max_grad_norm: Gradients are scaled down to this norm; None clips nothing.
+        micro_batch_size: Images whose activations are in memory at once, on each process; None
+            for the whole of its share. Each image is then encoded twice.
+        accelerator: An `accelerate.Accelerator` of yours; None makes one. Under ``accelerate
+            launch`` each batch is divided among the processes.
+        callbacks: Objects with the methods of `Callback`, called in this order.
         seed: Decides the default sampler, dropout and random transforms.
 
     Raises:
@@ -116,13 +136,12 @@ class Finetuner:
         optimizer: OptimizerFactory | None = None,
         precision: Literal["auto", "no", "bf16", "fp16"] = "auto",
         max_grad_norm: float | None = 1.0,
+        micro_batch_size: int | None = None,
+        accelerator: Accelerator | None = None,
+        callbacks: Iterable[Callback] = (),
         seed: int = 0,
     ) -> None:
-        if not isinstance(tower, VisionTower):
-            raise TypeError(
-                f"`tower` must be a VisionTower, got {type(tower).__name__}. "
-                "`pairclip.load_tower` makes one of any module."
-            )
+        tower_of(tower)
         if not callable(loss) or isinstance(loss, type):
             raise TypeError(f"`loss` must be a callable, such as an instance, got {loss!r}.")
         for name, value in [
@@ -154,6 +173,22 @@ class Finetuner:
                 "`learning_rate` and `weight_decay` are for the default AdamW and would be "
                 "ignored. Set them in the `optimizer` that you give."
             )
+        if micro_batch_size is not None:
+            _checks.check_positive_int("micro_batch_size", micro_batch_size)
+        if accelerator is not None:
+            check_accelerator(accelerator)
+            if precision != "auto":
+                raise ValueError(
+                    f"`precision` {precision!r} would be ignored: `accelerator` decides, and has "
+                    f"{accelerator.mixed_precision!r}."
+                )
+        callbacks = list(callbacks)
+        for callback in callbacks:
+            if not isinstance(callback, Callback) or isinstance(callback, type):
+                raise TypeError(
+                    f"`callbacks` must have the methods of `pairclip.Callback`, got {callback!r}. "
+                    "Inherit from it to have them."
+                )
         self.tower = tower
         self.loss = loss
         self.learning_rate = learning_rate
@@ -163,6 +198,9 @@ class Finetuner:
         self.optimizer = optimizer
         self.precision = precision
         self.max_grad_norm = max_grad_norm
+        self.micro_batch_size = micro_batch_size
+        self.accelerator = accelerator
+        self.callbacks = callbacks
         self.seed = _checks.check_count("seed", seed)
 
     def fit(
@@ -175,107 +213,118 @@ class Finetuner:
         max_steps: int | None = None,
         eval_dataset: Any = None,
         eval_every: int | None = None,
+        checkpoint_dir: str | os.PathLike[str] | None = None,
+        checkpoint_every: int | None = None,
+        keep_checkpoints: int = 2,
+        resume: bool = False,
         num_workers: int = 0,
     ) -> History:
         """Train the tower in place, and leave it on the accelerator's device.
 
         Args:
-            dataset: Any labelled dataset that `LabelledImages` takes.
+            dataset: Any labelled dataset that `LabelledImages` takes, or cached features.
             sampler: A batch sampler over `dataset`; `fit` sets its epoch, from 0. By default a
                 `PairSampler` for a `CosinePairLoss`, and for other losses a
                 `ClassBalancedSampler`, or a `PairSampler` where the classes don't allow that.
-            batch_size: Images per batch, for the default samplers.
+            batch_size: Images per batch, over all processes, for the default samplers.
             epochs: Epochs of the sampler.
             max_steps: Steps to train, instead of `epochs`.
             eval_dataset: Evaluated during training.
             eval_every: Steps between evaluations; None evaluates after every epoch.
+            checkpoint_dir: Folder for checkpoints. With it, Ctrl-C and SIGTERM end the step,
+                write a checkpoint and then stop the program.
+            checkpoint_every: Steps between checkpoints; None writes one after every epoch.
+            keep_checkpoints: How many of the last checkpoints stay, beside the one with the best
+                mean average precision.
+            resume: Continue from the newest whole checkpoint in `checkpoint_dir`; without one,
+                start. On the CPU the weights end bit for bit as without the interruption.
             num_workers: Processes that load and preprocess images beside the training.
 
         Returns:
-            The history.
+            The history, of the earlier parts of a resumed run too.
 
         Raises:
-            ValueError: If an argument is wrong or would be ignored, an image can't be read, or
-                the dataset can't form the batches.
+            ValueError: If an argument is wrong or would be ignored, an image can't be read, the
+                dataset can't form the batches, the checkpoint is of another model, dataset or
+                configuration, or there are checkpoints already and `resume` is not set.
             FloatingPointError: If the loss, an embedding or a gradient isn't finite. The tower
                 then has the last weights that gave a finite loss.
+
+        Warns:
+            UserWarning: If a checkpoint could not be written, or is damaged and passed over.
         """
         _check_length(epochs, max_steps)
-        if eval_every is not None:
-            _checks.check_positive_int("eval_every", eval_every)
-            if eval_dataset is None:
-                raise ValueError(
-                    f"`eval_every` {eval_every} would be ignored: there is no `eval_dataset`."
-                )
+        _check_every("eval", eval_every, "dataset", eval_dataset)
+        _check_every("checkpoint", checkpoint_every, "dir", checkpoint_dir)
+        _checks.check_positive_int("keep_checkpoints", keep_checkpoints)
+        if resume and checkpoint_dir is None:
+            raise ValueError("`resume` needs a `checkpoint_dir` to resume from.")
         data = LabelledImages(dataset)
         evaluated = None if eval_dataset is None else LabelledImages(eval_dataset)
-        sampler = self._sampler(data.labels, sampler, batch_size)
-        num_steps = epochs * len(sampler) if max_steps is None else max_steps
-        accelerator = new_accelerator(self.precision)
-        run = Run(self, accelerator, num_steps)
-        history = History()
-        loader = DataLoader(
-            TrainingItems(data, self.tower.preprocess, seed=self.seed),
-            batch_sampler=RunBatches(sampler, num_items=len(data), num_steps=num_steps),
-            num_workers=num_workers,
-            pin_memory=accelerator.device.type == "cuda",
-            generator=torch.Generator().manual_seed(self.seed),
-        )
-        bar = tqdm(total=num_steps, desc="Fine-tuning", unit="step", disable=None)
-        with training(run.modules, accelerator.device), bar:
-            torch.manual_seed(self.seed)
-            for step, (pixels, labels) in enumerate(loader, start=1):
-                record: dict[str, float | None] = {
-                    "step": step,
-                    "epoch": (step - 1) // len(sampler),
-                }
-                record |= run.step(pixels, labels, step)
-                history.steps.append(record)
-                bar.set_postfix(loss=f"{record['loss']:.4f}", rate=f"{record['learning_rate']:.1e}")
-                bar.update()
-                due = step % (eval_every or len(sampler)) == 0 or step == num_steps
-                if evaluated is not None and due:
-                    run.check_weights(step)
-                    figures = evaluate(self.tower, evaluated).to_dict()
-                    history.evaluations.append({"step": step, **figures})
-            run.check_weights(num_steps)
-        history.skipped_steps = run.skipped_steps
-        return history
-
-    def _sampler(
-        self, labels: Tensor, sampler: BatchSampler | None, batch_size: int
-    ) -> BatchSampler:
         pairs = isinstance(self.loss, CosinePairLoss)
-        if sampler is not None:
-            if pairs and not isinstance(sampler, PairSampler):
-                raise ValueError(
-                    f"A `CosinePairLoss` takes the pairs of a `PairSampler`, got "
-                    f"{type(sampler).__name__}. Use `AllPairsCosineLoss` for other batches."
-                )
-            if not isinstance(sampler, BatchSampler):
-                raise TypeError(f"`sampler` must have `__iter__` and `__len__`, got {sampler!r}.")
-            if not len(sampler):
-                raise ValueError(
-                    "`sampler` has no batch, its len() is 0. Are its batches larger than the "
-                    "dataset, with drop_last=True?"
-                )
+        if sampler is None:
+            sampler = default_sampler(data.labels, batch_size, self.seed, pairs=pairs)
+        else:
+            check_sampler(sampler, pairs=pairs)
             if batch_size != _BATCH_SIZE:
                 raise ValueError(f"`batch_size` {batch_size} would be ignored: `sampler` decides.")
-            return sampler
-        _checks.check_positive_int("batch_size", batch_size)
-        if pairs:
-            return _pair_sampler(labels, batch_size, self.seed)
-        balanced = _balanced_sampler(labels, batch_size, self.seed)
-        if balanced is not None:
-            return balanced
-        fallback = _pair_sampler(labels, batch_size, self.seed)
-        warnings.warn(
-            f"Batches of {batch_size} images can't hold equally many of several classes without "
-            "leaving classes out, so they are made of pairs. Choose a `batch_size` that P classes "
-            "times K images make up, with K at most the images of the smallest class, to avoid it.",
-            stacklevel=3,
+        num_steps = epochs * len(sampler) if max_steps is None else max_steps
+        accelerator = self.accelerator or new_accelerator(self.precision)
+        run = Run(self, accelerator, num_steps)
+        items = TrainingItems(data, tower_of(self.tower).preprocess, seed=self.seed)
+        history = History()
+        fit = FitState(
+            tower=run.tower,
+            parameters=run.parameters,
+            accelerator=accelerator,
+            num_steps=num_steps,
+            evaluates=evaluated is not None,
+            config=config_of(run, sampler),
+            steps=history.steps,
+            evaluations=history.evaluations,
         )
-        return fallback
+        saver = None
+        if checkpoint_dir is not None:
+            saver = Saver(
+                Path(checkpoint_dir),
+                every=checkpoint_every or len(sampler),
+                keep=keep_checkpoints,
+                run=run,
+                fit=fit,
+                callbacks=self.callbacks,
+                identity=identity_of(run, items, fit.config, self.callbacks),
+            )
+            saver.resume(wanted=resume)
+        loader = DataLoader(
+            items,
+            batch_sampler=RunBatches(
+                sampler,
+                num_items=len(data),
+                steps=range(fit.step, num_steps),
+                seed=self.seed,
+                process=accelerator.process_index,
+                num_processes=accelerator.num_processes,
+            ),
+            num_workers=num_workers,
+            pin_memory=accelerator.device.type == "cuda",
+            worker_init_fn=None if saver is None else ignore_stop_signals,
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+        loop = Loop(
+            run,
+            fit,
+            self.callbacks,
+            steps_per_epoch=len(sampler),
+            evaluated=evaluated,
+            eval_every=eval_every or len(sampler),
+            saver=saver,
+        )
+        with run.training(), StopSignals(active=saver is not None) as signals:
+            ended = loop.train(loader, signals)
+        history.skipped_steps, history.stop_reason = run.skipped_steps, fit.stop_reason
+        if not ended or signals.caught is not None:
+            signals.obey()
+        return history
 
 
 def _check_length(epochs: int, max_steps: int | None) -> None:
@@ -287,27 +336,9 @@ def _check_length(epochs: int, max_steps: int | None) -> None:
         raise ValueError(f"`epochs` {epochs} would be ignored: `max_steps` is {max_steps}.")
 
 
-def _pair_sampler(labels: Tensor, batch_size: int, seed: int) -> PairSampler:
-    if batch_size % 2:
-        raise ValueError(f"`batch_size` must be even for pairs, got {batch_size}.")
-    if batch_size > 2 * len(labels):
-        raise ValueError(
-            f"`batch_size` must be at most two per image, got {batch_size} for {len(labels)} "
-            "images. Lower it."
-        )
-    return PairSampler(labels, batch_size // 2, seed=seed)
-
-
-def _balanced_sampler(labels: Tensor, batch_size: int, seed: int) -> ClassBalancedSampler | None:
-    """P classes times K images that make up the batch: K from 4 on, else 3 or 2.
-
-    None where such batches would leave out a class that has two images.
-    """
-    counts = labels.unique(return_counts=True)[1]
-    counts = counts[counts > 1]
-    for samples in [*range(4, batch_size // 2 + 1), 3, 2]:
-        classes = batch_size // samples
-        divides = classes * samples == batch_size
-        if divides and 2 <= classes <= len(counts) and bool((counts >= samples).all()):
-            return ClassBalancedSampler(labels, classes, samples, seed=seed)
-    return None
+def _check_every(what: str, every: int | None, needed: str, given: object) -> None:
+    if every is None:
+        return
+    _checks.check_positive_int(f"{what}_every", every)
+    if given is None:
+        raise ValueError(f"`{what}_every` {every} would be ignored: there is no `{what}_{needed}`.")

@@ -1,0 +1,105 @@
+"""Forward and backward of one batch, exact for any number of processes and micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from pairclip._batches import mixed_seed, random_state_kept, seed_all
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class BatchResult(NamedTuple):
+    """What a step's backward leaves beside the gradients, of the whole batch, detached."""
+
+    loss: Tensor  # scalar
+    embeddings: Tensor  # [B, D] float32
+    labels: Tensor  # [B] int64
+    gradient: Tensor  # [B, D] of the loss with respect to the embeddings, scaled in float16
+
+
+def backward(
+    model: nn.Module,
+    loss: Loss,
+    pixels: Tensor,
+    labels: Tensor,
+    *,
+    accelerator: Accelerator,
+    micro_batch_size: int | None,
+    seed: tuple[int, int],
+) -> BatchResult:
+    """Accumulate the gradient of the whole batch's loss in the parameters of `model` and `loss`.
+
+    The loss sees the embeddings of the whole batch, so it needs no notion of processes. Its
+    gradient with respect to the embeddings is then carried into the model by the surrogate
+    ``processes * (embeddings * gradient).sum()``, because DDP averages over processes. With
+    micro-batches the embeddings come from a first pass that keeps no activations (Gao et al.
+    2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup").
+
+    Args:
+        model: The tower, wrapped in DDP where there are several processes.
+        loss: ``loss(embeddings [B, D], labels [B])`` gives a scalar tensor.
+        pixels: This process's slice of the batch, ``[b, ...]``, on any device.
+        labels: Its class ids, ``[b]`` int64.
+        accelerator: Knows the processes, the precision and the gradient scaler.
+        micro_batch_size: Images per piece; None encodes the slice at once.
+        seed: (seed, step), from which every random number of the step follows.
+    """
+    pieces = pixels.split(micro_batch_size or len(pixels))
+    process = accelerator.process_index
+
+    def encode(number: int) -> Tensor:
+        torch.manual_seed(mixed_seed(*seed, process, number))
+        with accelerator.autocast():
+            embeddings: Tensor = model(pieces[number].to(accelerator.device, non_blocking=True))
+        return embeddings.float()
+
+    if len(pieces) == 1:
+        local = encode(0)
+        detached = local.detach()
+    else:
+        with torch.no_grad():
+            detached = torch.cat([encode(number) for number in range(len(pieces))])
+    gather: Any = accelerator.gather
+    whole: Tensor = gather(detached.contiguous()).requires_grad_()
+    whole_labels: Tensor = gather(labels.to(accelerator.device, non_blocking=True))
+
+    with random_state_kept(), torch.autocast(accelerator.device.type, enabled=False):
+        seed_all(*seed)
+        torch.manual_seed(mixed_seed(*seed))
+        value = loss(whole, whole_labels)
+        _check_loss(value)
+        # In float16 this scales once: the surrogate below carries the factor on.
+        accelerator.backward(value)
+    gradient = torch.zeros_like(whole) if whole.grad is None else whole.grad
+    mine = gradient.chunk(accelerator.num_processes)[process] * accelerator.num_processes
+
+    if len(pieces) == 1:
+        (local * mine).sum().backward()
+    else:
+        for number, of_piece in enumerate(mine.split(len(pieces[0]))):
+            last = number == len(pieces) - 1
+            # Processes add up their gradients once, when the last piece has given its own.
+            with nullcontext() if last else accelerator.no_sync(model):
+                (encode(number) * of_piece).sum().backward()
+    return BatchResult(value.detach(), whole.detach(), whole_labels, gradient)
+
+
+def _check_loss(value: object) -> None:
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(
+            f"`loss` must return one number for the batch, got {got}. Reduce it, for instance "
+            "with `reduction='mean'`."
+        )
+    if not value.requires_grad:
+        raise ValueError(
+            "`loss` returned a value without a gradient, so it can't train anything. Compute it "
+            "from the embeddings with differentiable operations."
+        )

@@ -1,0 +1,53 @@
+"""Stop signals, noted instead of obeyed at once, so that a step can end first."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any, NoReturn
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopSignals:
+    """Within the block, Ctrl-C and SIGTERM are noted in `caught`; a second one interrupts at once.
+
+    Signal handlers belong to the main thread; in another one the block does nothing.
+    """
+
+    def __init__(self, *, active: bool) -> None:
+        self.caught: int | None = None
+        self._active = active and threading.current_thread() is threading.main_thread()
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if self._active:
+            self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.caught is not None:
+            raise KeyboardInterrupt
+        self.caught = number
+
+    def obey(self) -> NoReturn:
+        """End the program as the signal, or that of another process, would have done."""
+        if self.caught == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + (self.caught or signal.SIGTERM))
+
+
+def ignore_stop_signals(worker: int) -> None:
+    """Leave stopping to the main process, for the workers of a `DataLoader`."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

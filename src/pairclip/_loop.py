@@ -1,0 +1,164 @@
+"""The loop of a fit: steps, evaluations, callbacks, checkpoints, and where it may be broken off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from tqdm import tqdm
+
+from pairclip._run import Run
+from pairclip._saving import Saver
+from pairclip.callbacks import Callback, FitState
+from pairclip.datasets import LabelledImages
+from pairclip.evaluation import evaluate
+
+
+class Loop:
+    """Takes a run from where it is to its end.
+
+    Args:
+        run: Does the steps.
+        fit: What callbacks see; its `step` is where the run is.
+        callbacks: Called in this order.
+        steps_per_epoch: Batches of the sampler's epoch.
+        evaluated: Evaluated every `eval_every` steps and after the last, if given.
+        eval_every: Steps between evaluations.
+        saver: Writes checkpoints, if given.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        fit: FitState,
+        callbacks: Sequence[Callback],
+        *,
+        steps_per_epoch: int,
+        evaluated: LabelledImages | None,
+        eval_every: int,
+        saver: Saver | None,
+    ) -> None:
+        self.run = run
+        self.fit = fit
+        self.callbacks = callbacks
+        self.steps_per_epoch = steps_per_epoch
+        self.evaluated = evaluated
+        self.eval_every = eval_every
+        self.saver = saver
+
+    def train(self, batches: Iterable[tuple[Tensor, Tensor]], signals: Any) -> bool:
+        """Take the steps that are left; whether the end was reached, not a stop signal."""
+        fit = self.fit
+        for callback in self.callbacks:
+            callback.on_fit_start(fit)
+        if fit.step:
+            self._settle(resumed=True)
+        bar = tqdm(
+            total=fit.num_steps,
+            initial=fit.step,
+            desc="Fine-tuning",
+            unit="step",
+            disable=None if fit.accelerator.is_local_main_process else True,
+        )
+        with bar:
+            for pixels, labels in () if self._over() else batches:
+                record = self._step(pixels, labels)
+                bar.set_postfix(loss=f"{record['loss']:.4f}", rate=f"{record['learning_rate']:.1e}")
+                bar.update()
+                interrupted, stopped = _any_process(
+                    fit.accelerator, signals.caught is not None, fit.stop_reason is not None
+                )
+                if stopped and fit.stop_reason is None:
+                    fit.stop("a callback of another process stopped it")
+                if interrupted:
+                    self._save()
+                    return False
+                self._settle()
+                if self._over():
+                    break
+        self.run.check_weights(fit.step)
+        if fit.averages is not None:
+            _copy(fit.averages, fit.parameters)
+        for callback in self.callbacks:
+            callback.on_fit_end(fit)
+        return True
+
+    def _step(self, pixels: Tensor, labels: Tensor) -> dict[str, float | None]:
+        fit = self.fit
+        batch, record = self.run.step(pixels, labels, fit.step + 1)
+        epoch = fit.step // self.steps_per_epoch
+        fit.step += 1
+        fit.steps.append({"step": fit.step, "epoch": epoch, **record})
+        fit.embeddings, fit.labels, fit.gradient = batch.embeddings, batch.labels, batch.gradient
+        for callback in self.callbacks:
+            callback.on_step(fit)
+        return record
+
+    def _over(self) -> bool:
+        return self.fit.step >= self.fit.num_steps or self.fit.stop_reason is not None
+
+    def _settle(self, *, resumed: bool = False) -> None:
+        """Evaluate and save what is due after a step; after a stop signal, what was left undone."""
+        last = self.fit.evaluations[-1]["step"] if self.fit.evaluations else 0
+        evaluating = (
+            self.evaluated is not None and last < self.fit.step and self._due(self.eval_every)
+        )
+        if evaluating:
+            self._evaluate()
+        if self.saver is not None and self._due(self.saver.every) and (evaluating or not resumed):
+            self._save()
+
+    def _due(self, every: int) -> bool:
+        return self._over() or self.fit.step % every == 0
+
+    def _evaluate(self) -> None:
+        fit = self.fit
+        self.run.check_weights(fit.step)
+        with _averages_in_place(fit):
+            figures = evaluate(self.run.settings.tower, self.evaluated).to_dict()
+            plain = {k: v for k, v in figures.items() if v is None or isinstance(v, (int, float))}
+            if fit.accelerator.num_processes > 1:
+                # Devices may differ in the last bit, and callbacks must decide alike.
+                (plain,) = broadcast_object_list([plain])
+            fit.evaluations.append({"step": fit.step, **plain})
+            for callback in self.callbacks:
+                callback.on_evaluation(fit)
+
+    def _save(self) -> None:
+        if self.saver is not None:
+            self.run.check_weights(self.fit.step)
+            self.saver.save()
+
+
+@contextmanager
+def _averages_in_place(fit: FitState) -> Iterator[None]:
+    if fit.averages is None:
+        yield
+        return
+    weights = [parameter.detach().clone() for parameter in fit.parameters]
+    _copy(fit.averages, fit.parameters)
+    try:
+        yield
+    finally:
+        _copy(weights, fit.parameters)
+
+
+def _copy(source: Sequence[Tensor], target: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        for old, new in zip(target, source, strict=True):
+            old.copy_(new)
+
+
+def _any_process(accelerator: Accelerator, *flags: bool) -> list[bool]:
+    """Each flag, true if it is on any process."""
+    if accelerator.num_processes == 1:
+        return list(flags)
+    counts: Any = accelerator.reduce(
+        torch.tensor(flags, dtype=torch.float32, device=accelerator.device), "sum"
+    )
+    return [count > 0 for count in counts.tolist()]

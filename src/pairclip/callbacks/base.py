@@ -1,0 +1,90 @@
+"""What a fit tells its callbacks, and what it calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+
+@dataclass
+class FitState:
+    """A fit as its callbacks see it, the same on every process.
+
+    Attributes:
+        tower: Being trained.
+        parameters: The trainable parameters, those of the loss too.
+        accelerator: Of the fit.
+        num_steps: Steps that the fit will take.
+        evaluates: Whether there is an `eval_dataset`.
+        config: What the fit was asked for, as plain values.
+        step: Steps done.
+        steps: One record per step, as in `History.steps`.
+        evaluations: One record per evaluation, as in `History.evaluations`.
+        embeddings: Of the whole last batch, detached, float32 ``[B, D]``.
+        labels: Its class ids, int64 ``[B]``.
+        gradient: Of the loss with respect to `embeddings`, ``[B, D]``; in float16 times the
+            scaler's factor.
+        averages: Set by a callback, one tensor for each of `parameters`: these are evaluated
+            instead of them, and are what the tower is left with.
+        stop_reason: Why the fit is to end after this step, or None.
+    """
+
+    tower: nn.Module
+    parameters: list[nn.Parameter]
+    accelerator: Accelerator
+    num_steps: int
+    evaluates: bool
+    config: dict[str, Any]
+    step: int = 0
+    steps: list[dict[str, float | None]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    embeddings: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    labels: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    gradient: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    averages: list[Tensor] | None = None
+    stop_reason: str | None = None
+
+    def stop(self, reason: str) -> None:
+        """Let the fit end after this step, evaluated and with a checkpoint."""
+        self.stop_reason = reason
+
+
+@runtime_checkable
+class Callback(Protocol):
+    """What a `Finetuner` calls. Inherit from it to write only the methods that you need.
+
+    Example:
+        >>> from pairclip import Callback
+        >>> class StopAtLoss(Callback):
+        ...     def on_step(self, fit):
+        ...         if fit.steps[-1]["loss"] < 0.01:
+        ...             fit.stop("the loss is below 0.01")
+        >>> isinstance(StopAtLoss(), Callback)
+        True
+    """
+
+    def on_fit_start(self, fit: FitState) -> None:
+        """Called before the first step; when a fit resumes, after `load_state_dict`."""
+
+    def on_step(self, fit: FitState) -> None:
+        """Called after each step."""
+
+    def on_evaluation(self, fit: FitState) -> None:
+        """Called after each evaluation, with the weights that were evaluated."""
+
+    def on_fit_end(self, fit: FitState) -> None:
+        """Called after the last step, with the weights that the tower is left with.
+
+        It is not called after an error or an interruption.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: tensors, numbers, strings, lists, tuples and dicts."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what `state_dict` gave."""

@@ -1,0 +1,338 @@
+"""Checkpoints of a fit: whole or absent, and checked before they are believed.
+
+A checkpoint is a folder ``step-00000120`` with the trained weights and all other tensors
+(safetensors), everything else that decides the rest of the run (JSON), and a manifest with the
+size and SHA-256 of each file. It is written under another name, flushed to the disk and renamed,
+so a killed process leaves the checkpoints that it had. No pickle is written or read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pairclip._packing import pack, unpack
+
+_FORMAT = 1
+_NAME = re.compile(r"step-(\d{8,})")
+_UNFINISHED = re.compile(r"\.step-\d{8,}\.[0-9a-f]{32}")
+_WEIGHTS, _TENSORS, _STATE, _MANIFEST = (
+    "weights.safetensors",
+    "training.safetensors",
+    "state.json",
+    "manifest.json",
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One whole checkpoint on the disk.
+
+    Attributes:
+        folder: Where it is.
+        step: Steps that the run had done.
+        figure: Mean average precision of the evaluation at that step, or None.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+        >>> from pairclip import AllPairsCosineLoss, Finetuner, load_tower, newest_checkpoint
+        >>> config = CLIPVisionConfig(
+        ...     hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        ...     image_size=16, patch_size=8, projection_dim=8)
+        >>> tower = load_tower(CLIPVisionModelWithProjection(config))
+        >>> images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
+        >>> data = (images, [0, 0, 0, 0, 1, 1, 1, 1])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Finetuner(tower, AllPairsCosineLoss()).fit(
+        ...         data, batch_size=4, epochs=2, checkpoint_dir=folder)
+        ...     checkpoint = newest_checkpoint(folder)
+        ...     checkpoint.load_weights(tower)
+        >>> checkpoint.step
+        4
+    """
+
+    folder: Path
+    step: int
+    figure: float | None
+
+    def load_weights(self, tower: nn.Module) -> None:
+        """Copy the trained weights into a tower like the one that was trained.
+
+        Args:
+            tower: Changed in place. Weights that were frozen are not in a checkpoint, so it must
+                come from the same source.
+
+        Raises:
+            ValueError: If a weight is missing or of another shape in `tower`; it is then unchanged.
+        """
+        copy_into(dict(tower.named_parameters()) | dict(tower.named_buffers()), self.weights())
+
+    def weights(self) -> dict[str, Tensor]:
+        """Trained parameters and buffers of the tower, by name."""
+        return _read_tensors(self.folder / _WEIGHTS)
+
+    def state(self) -> dict[str, Any]:
+        """Everything but the weights, as `write_checkpoint` was given it."""
+        tensors = _read_tensors(self.folder / _TENSORS)
+        content: dict[str, Any] = unpack(_read_json(self.folder / _STATE), tensors)
+        return content
+
+
+def newest_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint | None:
+    """The newest whole checkpoint of a folder; damaged ones are passed over.
+
+    Args:
+        directory: The `checkpoint_dir` of a fit.
+
+    Returns:
+        The checkpoint, every file of which has the checksum that its manifest says; None if
+        there is no whole one.
+
+    Raises:
+        ValueError: If a checkpoint is of a newer format than this version of pairclip reads.
+
+    Warns:
+        UserWarning: For each damaged checkpoint, saying what is wrong with it.
+    """
+    for step, folder in sorted(_folders(directory), reverse=True):
+        checkpoint = _whole(step, folder)
+        if checkpoint is not None:
+            return checkpoint
+    return None
+
+
+def best_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint | None:
+    """The whole checkpoint with the highest mean average precision; the newest among equals.
+
+    Args:
+        directory: The `checkpoint_dir` of a fit with an `eval_dataset`.
+
+    Returns:
+        The checkpoint, checked like that of `newest_checkpoint`; None if none has a figure.
+
+    Raises:
+        ValueError: If a checkpoint is of a newer format than this version of pairclip reads.
+
+    Warns:
+        UserWarning: For each damaged checkpoint, saying what is wrong with it.
+    """
+    whole = [_whole(step, folder) for step, folder in _folders(directory)]
+    rated = [c for c in whole if c is not None and c.figure is not None]
+    return max(rated, key=lambda c: (c.figure, c.step), default=None)
+
+
+def write_checkpoint(
+    directory: Path,
+    step: int,
+    *,
+    weights: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    figure: float | None,
+    keep: int,
+) -> Path:
+    """Write one checkpoint, then remove all but the last `keep` and the best.
+
+    `state` is made of dicts, lists, tuples, tensors, numbers, strings, booleans and None.
+
+    Raises:
+        OSError: If it can't be written; the earlier checkpoints are then as they were.
+        TypeError: If something in `state` can't be written without pickle.
+    """
+    tensors: dict[str, Tensor] = {}
+    content = pack(state, tensors, "state")
+    final = directory / f"step-{step:08d}"
+    unfinished = directory / f".{final.name}.{uuid.uuid4().hex}"
+    remove_leftovers(directory)
+    try:
+        unfinished.mkdir(parents=True)
+        _write_tensors(unfinished / _WEIGHTS, weights)
+        _write_tensors(unfinished / _TENSORS, tensors)
+        _write_json(unfinished / _STATE, content)
+        files = {
+            name: {"size": (unfinished / name).stat().st_size, "sha256": _sha256(unfinished / name)}
+            for name in (_WEIGHTS, _TENSORS, _STATE)
+        }
+        manifest = {"format": _FORMAT, "step": step, "figure": figure, "files": files}
+        _write_json(unfinished / _MANIFEST, manifest)
+        _flush(unfinished)
+        if final.exists():
+            _remove(final)
+        os.rename(unfinished, final)
+        _flush(directory)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    _prune(directory, keep)
+    return final
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what writers that were killed left behind."""
+    if directory.is_dir():
+        for path in directory.iterdir():
+            if _UNFINISHED.fullmatch(path.name):
+                shutil.rmtree(path)
+
+
+def differences(saved: Any, now: Any, name: str = "") -> Iterator[str]:
+    """Where two descriptions, nested dicts of plain values, differ; one sentence each."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        for key in [*saved, *(key for key in now if key not in saved)]:
+            path = f"{name}.{key}" if name else str(key)
+            yield from differences(saved.get(key), now.get(key), path)
+    elif saved != now:
+        yield f"{name} is {_shown(saved)} there and {_shown(now)} here"
+
+
+def trained_tensors(tower: nn.Module) -> dict[str, Tensor]:
+    """What training changes in a tower: trainable parameters and saved buffers, by name."""
+    saved = tower.state_dict(keep_vars=True).keys()
+    buffers = {name: buffer for name, buffer in tower.named_buffers() if name in saved}
+    return {name: p for name, p in tower.named_parameters() if p.requires_grad} | buffers
+
+
+def copy_into(targets: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
+    """Copy tensors into those of the same name; all or none.
+
+    Raises:
+        ValueError: If one has no counterpart, or one of another shape.
+    """
+    for name, tensor in source.items():
+        if name not in targets:
+            raise ValueError(
+                f"The checkpoint has the weight `{name}`, which the tower lacks. Load the tower "
+                "from the source that it was trained from."
+            )
+        if targets[name].shape != tensor.shape:
+            raise ValueError(
+                f"The checkpoint's weight `{name}` has shape {list(tensor.shape)}, the tower's "
+                f"{list(targets[name].shape)}. Load the tower from the source that it was trained "
+                "from."
+            )
+    with torch.no_grad():
+        for name, tensor in source.items():
+            targets[name].copy_(tensor)
+
+
+def _folders(directory: str | os.PathLike[str]) -> list[tuple[int, Path]]:
+    directory = Path(directory)
+    if not directory.is_dir():
+        return []
+    named = [(_NAME.fullmatch(path.name), path) for path in directory.iterdir()]
+    return [(int(match[1]), path) for match, path in named if match and path.is_dir()]
+
+
+def _whole(step: int, folder: Path) -> Checkpoint | None:
+    try:
+        manifest = _read_json(folder / _MANIFEST)
+        if manifest["format"] > _FORMAT:
+            raise _Newer(
+                f"Checkpoint '{folder}' has format {manifest['format']}, and this version of "
+                f"pairclip reads up to {_FORMAT}. Update pairclip."
+            )
+        for name in (_WEIGHTS, _TENSORS, _STATE):
+            expected = manifest["files"][name]
+            size = (folder / name).stat().st_size
+            if size != expected["size"]:
+                raise ValueError(f"{name} has {size} bytes instead of {expected['size']}")
+            if _sha256(folder / name) != expected["sha256"]:
+                raise ValueError(f"{name} does not have its checksum")
+        return Checkpoint(folder, step, manifest["figure"])
+    except _Newer:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error) or type(error).__name__
+        warnings.warn(f"Checkpoint '{folder}' is damaged, so passed over: {reason}.", stacklevel=3)
+        return None
+
+
+class _Newer(ValueError):
+    """A checkpoint that is whole, but of a newer format."""
+
+
+def _prune(directory: Path, keep: int) -> None:
+    folders = sorted(_folders(directory), reverse=True)
+    kept = {folder for _, folder in folders[:keep]}
+    rated = [(figure, step, folder) for step, folder in folders for figure in _figure(folder)]
+    if rated:
+        kept.add(max(rated)[2])
+    for _, folder in folders:
+        if folder not in kept:
+            _remove(folder)
+
+
+def _figure(folder: Path) -> list[float]:
+    """The figure of a checkpoint that has a manifest with one."""
+    if not (folder / _MANIFEST).is_file():
+        return []
+    try:
+        figure = _read_json(folder / _MANIFEST)["figure"]
+    except (ValueError, KeyError, TypeError):
+        return []  # a damaged one is not the best
+    return [] if figure is None else [figure]
+
+
+def _remove(folder: Path) -> None:
+    # A name of its own first: a process killed here leaves no checkpoint that lacks files.
+    doomed = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(plain, path)
+    except SafetensorError as error:
+        raise OSError(f"'{path}' can't be written: {error}") from error
+    _flush(path)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    # A copy of their own: memory that torch has allocated is aligned, and so computes alike.
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content), encoding="utf-8")
+    _flush(path)
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
