@@ -3,6 +3,7 @@
     python examples/cifar10.py                                # CIFAR-10 and CLIP, downloaded
     python examples/cifar10.py --data FOLDER --model FOLDER   # your images, a local tower
     python examples/cifar10.py --offline                      # no network: digits, a tiny tower
+    accelerate launch examples/cifar10.py                     # on all GPUs
 
 Writes the figures, pictures before and after, and the tuned tower into --output.
 """
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from torch.utils.data import Subset
 
 import pairclip
@@ -57,7 +59,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--train-per-class", "training images of each class (default: all)", type=int)
     add("--test-per-class", "evaluated images of each class", 200, type=int)
     add("--epochs", "(default: 2; offline 90)", type=int)
-    add("--batch-size", "images per batch", 128, type=int)
+    add("--batch-size", "images per batch, over all processes", 128, type=int)
+    add("--micro-batch-size", "images encoded at once, to save memory (default: all)", type=int)
+    add("--train-blocks", "train the last K blocks and what follows (default: all)", type=int)
     add(
         "--learning-rate",
         "(default: 6e-4 below 10 million parameters, else 1e-5; offline 1e-3)",
@@ -73,6 +77,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--num-workers", "processes that load images", 0, type=int)
     add("--seed", "decides split, batches and offline weights", 0, type=int)
     add("--output", "where results go", folder, type=Path)
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="write checkpoints into OUTPUT/checkpoints, and continue from those that are there",
+    )
     args = parser.parse_args(arguments)
     for flag, least in [("train_per_class", 1), ("test_per_class", 1), ("seed", 0)]:
         number = getattr(args, flag)
@@ -100,36 +109,43 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Evaluate, fine-tune, evaluate again, and write what changed."""
     args = parse(arguments)
+    process = PartialState()  # one of several under `accelerate launch`
     if args.offline:
-        print(f"OFFLINE: {OFFLINE_NOTE}.")
+        process.print(f"OFFLINE: {OFFLINE_NOTE}.")
     try:
-        run(args)
+        run(args, process)
     except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from error
 
 
-def run(args: argparse.Namespace) -> None:
-    """Do the work for parsed arguments."""
+def run(args: argparse.Namespace, process: PartialState) -> None:
+    """Do the work for parsed arguments; the main process alone writes and prints."""
     output = args.output
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    data = offline_data(args) if args.offline else load_data(args)
-    tower = offline_tower() if args.offline else load_tower(args)
+    with process.main_process_first():  # downloads once
+        data = offline_data(args) if args.offline else load_data(args)
+        tower = offline_tower() if args.offline else load_tower(args, process.device)
     if args.learning_rate is None:
         args.learning_rate = default_rate(tower, args)
     config = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
     if args.offline:
         config |= {"data": "scikit-learn digits", "model": "random", "note": OFFLINE_NOTE}
-    print("Settings:", ", ".join(f"{k}={v}" for k, v in config.items() if v not in (None, "")))
-    finetuner, batches = prepare(tower, data.train, args)
-    print(f"{len(data.train)} images to train on, {len(data.test)} to evaluate on.")
+    settings = (f"{name}={v}" for name, v in config.items() if v not in (None, "", False))
+    process.print("Settings:", ", ".join(settings))
+    if args.train_blocks is not None:
+        tower.freeze(all_but_last=args.train_blocks)
+    finetuner, options = prepare(tower, data.train, args)
+    process.print(f"{len(data.train)} images to train on, {len(data.test)} to evaluate on.")
 
     before = pairclip.evaluate(tower, data.test, num_workers=args.num_workers)
     unseen_before = data.held_out and pairclip.evaluate(tower, data.held_out)
     shown = pictures_to_show(data.test)
     similarity_before = pairclip.similarity_matrix(pairclip.embed_images(tower, shown))
 
-    history = finetuner.fit(data.train, epochs=args.epochs, num_workers=args.num_workers, **batches)
+    history = finetuner.fit(data.train, epochs=args.epochs, num_workers=args.num_workers, **options)
+    if not process.is_main_process:
+        return
 
     after = pairclip.evaluate(tower, data.test, num_workers=args.num_workers)
     unseen_after = data.held_out and pairclip.evaluate(tower, data.held_out)
@@ -169,7 +185,7 @@ def run(args: argparse.Namespace) -> None:
 def prepare(
     tower: pairclip.VisionTower, dataset: Any, args: argparse.Namespace
 ) -> tuple[pairclip.Finetuner, dict[str, Any]]:
-    """A Finetuner and its batches: sampled pairs, or all pairs of class-balanced batches."""
+    """A Finetuner and how it fits: sampled pairs, or all pairs of class-balanced batches."""
     form = {"negatives": args.negatives, "margin": args.margin}
     if args.pairs == "sampled":
         loss: Any = pairclip.CosinePairLoss(**form)
@@ -179,12 +195,22 @@ def prepare(
             positive_fraction=args.positive_fraction,
             seed=args.seed,
         )
-        batches: dict[str, Any] = {"sampler": sampler}
+        options: dict[str, Any] = {"sampler": sampler}
     else:
         loss = pairclip.AllPairsCosineLoss(positive_fraction=args.positive_fraction, **form)
-        batches = {"batch_size": args.batch_size}
-    finetuner = pairclip.Finetuner(tower, loss, learning_rate=args.learning_rate, seed=args.seed)
-    return finetuner, batches
+        options = {"batch_size": args.batch_size}
+    if args.resume:
+        options |= {"checkpoint_dir": args.output / "checkpoints", "resume": True}
+    finetuner = pairclip.Finetuner(
+        tower,
+        loss,
+        learning_rate=args.learning_rate,
+        micro_batch_size=args.micro_batch_size,
+        # The random tower of --offline starts collapsed.
+        callbacks=[] if args.offline else [pairclip.CollapseMonitor()],
+        seed=args.seed,
+    )
+    return finetuner, options
 
 
 def pictures_to_show(dataset: Any, count: int = 8) -> list[Any]:
@@ -203,9 +229,8 @@ def default_rate(tower: pairclip.VisionTower, args: argparse.Namespace) -> float
     return 6e-4 if size < 10_000_000 else 1e-5
 
 
-def load_tower(args: argparse.Namespace) -> pairclip.VisionTower:
+def load_tower(args: argparse.Namespace, device: torch.device) -> pairclip.VisionTower:
     """The tower of --model."""
-    device = "cuda" if torch.cuda.is_available() else None
     try:
         return pairclip.load_tower(args.model, device=device, image_size=args.image_size)
     except OSError as error:

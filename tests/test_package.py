@@ -22,16 +22,27 @@ ORDER = [
     "datasets",
     "towers",
     "embedding",
+    "features",
     "evaluation",
+    "checkpoints",
+    "callbacks",
     "finetuner",
+    "index",
     "plots",
+    "report",
 ]
 # Private modules belong to the room that uses them first.
 PRIVATE = {
     "_all_pairs": "losses",
     "_batches": "finetuner",
     "_epochs": "samplers",
+    "_exact_step": "finetuner",
+    "_interrupts": "finetuner",
+    "_loop": "finetuner",
+    "_packing": "checkpoints",
+    "_pixels": "datasets",
     "_run": "finetuner",
+    "_saving": "finetuner",
 }
 NUMERICAL = ("losses", "samplers", "similarity", "retrieval")
 

@@ -9,6 +9,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pairclip.callbacks import (
+        Callback as Callback,
+        CollapseMonitor as CollapseMonitor,
+        EarlyStopping as EarlyStopping,
+        FitState as FitState,
+        Tracker as Tracker,
+        WeightAverage as WeightAverage,
+    )
+    from pairclip.checkpoints import (
+        Checkpoint as Checkpoint,
+        best_checkpoint as best_checkpoint,
+        newest_checkpoint as newest_checkpoint,
+    )
     from pairclip.datasets import (
         LabelledImages as LabelledImages,
         class_names_of as class_names_of,
@@ -21,6 +34,10 @@ if TYPE_CHECKING:
         Evaluation as Evaluation,
         evaluate as evaluate,
         evaluate_embeddings as evaluate_embeddings,
+    )
+    from pairclip.features import (
+        CachedFeatures as CachedFeatures,
+        cache_features as cache_features,
     )
     from pairclip.finetuner import (
         Finetuner as Finetuner,
@@ -52,6 +69,8 @@ if TYPE_CHECKING:
     )
     from pairclip.towers import (
         VisionTower as VisionTower,
+        interpolate as interpolate,
+        layer_decay as layer_decay,
         load_tower as load_tower,
     )
 
@@ -68,9 +87,19 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
         "recall_at_k",
     ),
     "datasets": ("LabelledImages", "class_names_of", "labels_of"),
-    "towers": ("VisionTower", "load_tower"),
+    "towers": ("VisionTower", "interpolate", "layer_decay", "load_tower"),
     "embedding": ("embed_images",),
+    "features": ("CachedFeatures", "cache_features"),
     "evaluation": ("Evaluation", "evaluate", "evaluate_embeddings"),
+    "checkpoints": ("Checkpoint", "best_checkpoint", "newest_checkpoint"),
+    "callbacks": (
+        "Callback",
+        "CollapseMonitor",
+        "EarlyStopping",
+        "FitState",
+        "Tracker",
+        "WeightAverage",
+    ),
     "finetuner": ("Finetuner", "History"),
     "plots": (
         "plot_class_similarity",

@@ -16,6 +16,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 from tqdm import tqdm
 
 from pairclip import _checks
+from pairclip._pixels import as_rgb as as_rgb
 
 # Where datasets of torchvision and its likes keep their labels.
 _LABEL_ATTRIBUTES = ("targets", "labels", "_labels")
@@ -23,7 +24,7 @@ _LABEL_ATTRIBUTES = ("targets", "labels", "_labels")
 _READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
-class LabelledImages(Dataset[tuple[Image.Image, int]]):
+class LabelledImages(Dataset[tuple[Any, int]]):
     """A labelled dataset, opened: RGB images, class ids and names, whatever its kind.
 
     Args:
@@ -31,11 +32,14 @@ class LabelledImages(Dataset[tuple[Image.Image, int]]):
             `ImageFolder`, a `Subset` or `ConcatDataset` of those, a Hugging Face dataset, a pair
             ``(images, labels)``, or your own. Images may be PIL images of any mode, uint8 arrays
             ``[H, W]`` or ``[H, W, 3]``, uint8 tensors ``[3, H, W]``, or float tensors
-            ``[3, H, W]`` in ``[0, 1]``, or paths. Labels may be integers or names.
+            ``[3, H, W]`` in ``[0, 1]``, or paths. Labels may be integers or names. Or
+            `CachedFeatures`, or a `Subset` or `ConcatDataset` of them.
 
     Attributes:
         labels: Class id of each image, int64 ``[N]``.
         class_names: Name of each class id, or None.
+        of_features: Whether the items are features of `cache_features`, for the head of a split
+            tower, and not images: as they are, of one image ``[T, H]``.
 
     Raises:
         ValueError: If the dataset is empty, or its labels don't fit its images.
@@ -56,18 +60,22 @@ class LabelledImages(Dataset[tuple[Image.Image, int]]):
             raise ValueError("`dataset` has no images. Check the folder or the filter it is from.")
         self.labels = torch.from_numpy(labels.copy())
         self.dataset: Any = dataset.dataset if isinstance(dataset, LabelledImages) else dataset
+        self.of_features = _of_features(self.dataset)
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[Any, int]:
         """The image in RGB and its class id; an error names the image that can't be read."""
         if not 0 <= index < len(self):
             raise IndexError(f"`index` must be in [0, {len(self)}), got {index}.")
+        if self.of_features:
+            features, label = self.dataset[index]
+            return features, label
         try:
             image = as_rgb(_read_image(self.dataset, index))
         except _READ_ERRORS as error:
-            path = _path_of(self.dataset, index)
+            path = path_of(self.dataset, index)
             where = f"Image {index}" + (f" ({path})" if path else "")
             raise ValueError(f"{where} can't be read: {error}") from error
         return image, int(self.labels[index])
@@ -115,78 +123,18 @@ def class_names_of(dataset: Any) -> list[str] | None:
     return _labels_and_names(dataset)[1]
 
 
-def as_rgb(image: Any) -> Image.Image:
-    """Turn one image of any kind that `LabelledImages` takes into an RGB image of 8 bits."""
-    if isinstance(image, Image.Image):
-        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-            image = Image.fromarray(_eight_bits(np.asarray(image), image.mode))
-        rgb: Image.Image = image.convert("RGB")
-        return rgb
-    if isinstance(image, (str, os.PathLike)):
-        with Image.open(image) as opened:
-            return as_rgb(opened)
-    array = _channels_last(image)
-    if not array.size:
-        raise ValueError(f"An image must have pixels, got shape {list(array.shape)}.")
-    if array.dtype.kind == "f":
-        array = _from_unit_range(array)
-    elif array.dtype != np.uint8:
-        raise ValueError(
-            f"An image of integers must be uint8 in [0, 255], got {array.dtype}. Convert it, or "
-            "give floats in [0, 1]."
-        )
-    return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
-
-
-def _channels_last(image: Any) -> npt.NDArray[Any]:
-    """An array or tensor as ``[H, W]`` or ``[H, W, C]``."""
-    array: npt.NDArray[Any]
-    if isinstance(image, Tensor):
-        image = image.detach().cpu()
-        array = image.float().numpy() if image.is_floating_point() else image.numpy()
-        possible_axes = [0]
-    elif isinstance(image, np.ndarray):
-        array = image
-        possible_axes = [2, 0]
-    else:
-        raise TypeError(
-            f"An image must be a PIL image, an array, a tensor or a path, got "
-            f"{type(image).__name__}."
-        )
-    if array.ndim == 2:
-        return array
-    if array.ndim == 3:
-        for axis in possible_axes:
-            if array.shape[axis] in (1, 3, 4):
-                array = np.moveaxis(array, axis, 2)
-                return array[:, :, 0] if array.shape[2] == 1 else array
-    raise ValueError(
-        "An image must have shape [H, W] or [3, H, W], or [H, W, 3] as an array, got "
-        f"{list(array.shape)}."
-    )
-
-
-def _from_unit_range(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    lowest, highest = (float(array.min()), float(array.max())) if array.size else (0.0, 0.0)
-    if not (lowest >= 0 and highest <= 1):
-        raise ValueError(
-            f"A float image must be in [0, 1], got values from {lowest:g} to {highest:g}. Divide "
-            "values in 0..255 by 255, and leave normalisation to the tower."
-        )
-    return (array * 255 + 0.5).astype(np.uint8)
-
-
-def _eight_bits(array: npt.NDArray[Any], mode: str) -> npt.NDArray[np.uint8]:
-    if mode == "F":
-        return _from_unit_range(array)
-    # Pillow opens grey images of 16 bits in these modes, and would clip them at 255.
-    if array.size and (array.min() < 0 or array.max() > 65535):
-        raise ValueError(
-            f"An image of mode {mode!r} must be in [0, 65535], got values from {array.min()} to "
-            f"{array.max()}."
-        )
-    deep = mode != "I" or (array.size and array.max() > 255)
-    return (array // 257 if deep else array).astype(np.uint8)
+def _of_features(dataset: Any) -> bool:
+    if isinstance(dataset, Subset) and _is_view(dataset):
+        return _of_features(dataset.dataset)
+    if isinstance(dataset, ConcatDataset) and _is_view(dataset):
+        kinds = {_of_features(part) for part in dataset.datasets}
+        if len(kinds) > 1:
+            raise ValueError(
+                "The joined datasets are images and cached features. Join one kind, for instance "
+                "by `cache_features` of the images too."
+            )
+        return kinds.pop()
+    return getattr(dataset, "of_features", False) is True
 
 
 def _is_pair(dataset: Any) -> bool:
@@ -194,7 +142,7 @@ def _is_pair(dataset: Any) -> bool:
 
 
 def _labels_and_names(dataset: Any) -> tuple[npt.NDArray[np.int64], list[str] | None]:
-    if isinstance(dataset, LabelledImages):
+    if getattr(dataset, "of_features", None) is not None:  # `LabelledImages`, `CachedFeatures`
         return dataset.labels.numpy(), dataset.class_names
     if isinstance(dataset, Subset) and _is_view(dataset):
         labels, names = _labels_and_names(dataset.dataset)
@@ -292,7 +240,7 @@ def _item(dataset: Any, index: int) -> tuple[Any, Any]:
 
 
 def _read_image(dataset: Any, index: int) -> Any:
-    dataset, index = _origin(dataset, index)
+    dataset, index = origin_of(dataset, index)
     if _is_pair(dataset):
         images = dataset[0]
         # A pandas column is read by place, as its labels are, not by the labels of its index.
@@ -309,7 +257,7 @@ def _is_view(dataset: Any) -> bool:
     )
 
 
-def _origin(dataset: Any, index: int) -> tuple[Any, int]:
+def origin_of(dataset: Any, index: int) -> tuple[Any, int]:
     """The dataset behind subsets and joins that an item comes from, and its index there."""
     while _is_view(dataset):
         if isinstance(dataset, Subset):
@@ -322,8 +270,9 @@ def _origin(dataset: Any, index: int) -> tuple[Any, int]:
     return dataset, index
 
 
-def _path_of(dataset: Any, index: int) -> str | None:
-    dataset, index = _origin(dataset, index)
+def path_of(dataset: Any, index: int) -> str | None:
+    """The file that an image is read from, where the dataset tells."""
+    dataset, index = origin_of(dataset, index)
     if _is_pair(dataset):
         image = _read_image(dataset, index)
         return str(image) if isinstance(image, (str, os.PathLike)) else None

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from pairclip import _checks
 from pairclip.datasets import LabelledImages
 from pairclip.towers import VisionTower
+from pairclip.towers.base import evaluating
 
 
 def embed_images(
@@ -24,8 +25,9 @@ def embed_images(
 
     Args:
         tower: Embeds; its modes are as before afterwards.
-        images: Any labelled dataset that `LabelledImages` takes, or images alone: a list of PIL
-            images, arrays or tensors, or one array ``[N, H, W, 3]`` or tensor ``[N, 3, H, W]``.
+        images: Any labelled dataset that `LabelledImages` takes (`CachedFeatures` for the head of
+            a split tower), or images alone: a list of PIL images, arrays or tensors, or one array
+            ``[N, H, W, 3]`` or tensor ``[N, 3, H, W]``.
         batch_size: Images per forward pass.
         num_workers: Processes that load and preprocess images; 0 does it in this one.
 
@@ -51,29 +53,19 @@ def embed_images(
         raise TypeError(f"`images` must be a dataset or a list of images, got the path {images!r}.")
     if _are_images(images):
         images = (images, np.zeros(len(images), np.int64))
-    loader = DataLoader(
-        _Pixels(LabelledImages(images), tower.preprocess),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        generator=torch.Generator(),  # else the loader draws from the caller's
-    )
+    pixels = Pixels(LabelledImages(images), tower.preprocess)
+    loader = pixel_batches(pixels, batch_size=batch_size, num_workers=num_workers)
     device = next((p.device for p in tower.parameters()), torch.device("cpu"))
-    was_training = {module: module.training for module in tower.modules()}
     embeddings = []
-    tower.eval()
-    try:
-        with torch.inference_mode():
-            for batch in tqdm(loader, desc="Embedding", unit="batch", leave=False, disable=None):
-                embeddings.append(tower(batch.to(device)).float().cpu())
-    finally:
-        for module, training in was_training.items():
-            module.training = training
+    with torch.inference_mode(), evaluating(tower):
+        for batch in tqdm(loader, desc="Embedding", unit="batch", leave=False, disable=None):
+            embeddings.append(tower(batch.to(device)).float().cpu())
     result = torch.cat(embeddings).clone()
     _checks.check_finite("embeddings", result)
     return result
 
 
-class _Pixels(Dataset[Tensor]):
+class Pixels(Dataset[Tensor]):
     """Preprocessed images of a dataset."""
 
     def __init__(self, images: LabelledImages, preprocess: Callable[[Any], Tensor]) -> None:
@@ -84,8 +76,19 @@ class _Pixels(Dataset[Tensor]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> Tensor:
+        """What the tower takes of one image."""
         image, _ = self.images[index]
         return self.preprocess(image)
+
+
+def pixel_batches(pixels: Pixels, *, batch_size: int, num_workers: int) -> DataLoader[Tensor]:
+    """All items in order, in batches; no random generator is touched."""
+    return DataLoader(
+        pixels,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        generator=torch.Generator(),  # else the loader draws from the caller's
+    )
 
 
 def _are_images(images: Any) -> bool:

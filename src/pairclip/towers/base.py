@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import ImageProcessingMixin
+
+from pairclip.towers import adapters, freezing
 
 
 class Preprocess:
@@ -25,7 +32,8 @@ class Preprocess:
         if not isinstance(image, Image.Image):
             raise TypeError(
                 f"`image` must be one PIL image, got {type(image).__name__}. "
-                "Make one with `PIL.Image.fromarray` or `PIL.Image.open`."
+                "Make one with `PIL.Image.fromarray` or `PIL.Image.open`; cached features go to "
+                "the head of `tower.split(k)`."
             )
         image = image.convert("RGB")
         pixel_values: Tensor
@@ -41,6 +49,9 @@ class VisionTower(nn.Module):
 
     Made by `load_tower`. Calling it takes pixel values ``[B, 3, H, W]`` and gives embeddings
     ``[B, D]``, not normalised.
+
+    With PEFT, ``peft.get_peft_model(tower, config)`` puts adapters into this very tower, whose
+    `save_pretrained` and `fingerprint` then see the merged weights.
 
     Attributes:
         preprocess: Callable from one PIL image, of any mode and size, to float pixel values
@@ -61,6 +72,8 @@ class VisionTower(nn.Module):
         torch.Size([3, 8, 8])
     """
 
+    preprocess: Callable[[Any], Tensor]
+
     def __init__(
         self, model: nn.Module, preprocess: Preprocess, *, embedding_dim: int, image_size: int
     ) -> None:
@@ -76,6 +89,137 @@ class VisionTower(nn.Module):
         embeddings: Tensor = self.model(pixel_values)
         return embeddings
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks, in order; NotImplementedError if neither CLIP nor SigLIP."""
+        raise self._lacks("blocks")
+
+    def _depths(self) -> dict[str, int]:
+        """How deep each parameter is: 0 before the blocks, i in block i from 1, then one more."""
+        raise self._lacks("blocks")
+
+    def _projection(self) -> nn.Module:
+        """The linear projection that comes last, or a ValueError that says what does."""
+        raise self._lacks("projection")
+
+    def freeze(
+        self,
+        names: str | Sequence[str] | None = None,
+        *,
+        all_but_last: int | None = None,
+        all_but: str | Sequence[str] | None = None,
+    ) -> tuple[int, int]:
+        """Choose which parameters train, and print how many do. Give one of the three.
+
+        Where PEFT put adapters in, nothing is unfrozen: the weights that it froze stay frozen,
+        and adapters outside the choice are frozen too.
+
+        Args:
+            names: Parameters to freeze; all others stay as they are. A name as in
+                ``tower.named_parameters()``, that of a module with all within it, a pattern such
+                as ``"*.bias"`` (`fnmatch`), or ``"projection"``; or several.
+            all_but_last: Only the last so many blocks, and what comes after them (a norm, and
+                the projection or pooling head), train. With 0, only what comes after.
+            all_but: Only these train, named as in `names`.
+
+        Returns:
+            The numbers of trainable and of all parameters.
+
+        Raises:
+            ValueError: If not exactly one is given, `all_but_last` is more than there are
+                blocks, or a name matches nothing; the nearest names are listed.
+            NotImplementedError: For blocks or projection of a tower that is neither CLIP nor
+                SigLIP.
+
+        Example:
+            >>> from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+            >>> from pairclip import load_tower
+            >>> config = CLIPVisionConfig(
+            ...     hidden_size=16, intermediate_size=32, num_hidden_layers=3, image_size=16,
+            ...     num_attention_heads=2, patch_size=8, projection_dim=8)
+            >>> tower = load_tower(CLIPVisionModelWithProjection(config))
+            >>> tower.freeze(all_but_last=1)
+            Trainable: 2,384 of 10,032 parameters (23.8 %), 1 of 3 blocks.
+            (2384, 10032)
+            >>> tower.freeze(all_but="projection")
+            Trainable: 128 of 10,032 parameters (1.3 %), 0 of 3 blocks.
+            (128, 10032)
+        """
+        freezing.freeze(self, names, all_but_last=all_but_last, all_but=all_but)
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
+        trainable, total = sum(size for size, trains in sizes if trains), sum(s for s, _ in sizes)
+        percent = 100 * trainable / max(total, 1)
+        print(
+            f"Trainable: {trainable:,} of {total:,} parameters ({percent:.1f} %)"
+            f"{self._trainable_blocks()}."
+        )
+        return trainable, total
+
+    def split(self, k: int) -> tuple[VisionTower, VisionTower]:
+        """Cut into a trunk, up to the last `k` blocks, and a head: those blocks and what follows.
+
+        Both share this tower's modules: training the head trains the tower. The trunk's features
+        can be computed once, by `pairclip.cache_features`, and the head be trained on them.
+        Put adapters of PEFT into the tower before, not into its parts.
+
+        Args:
+            k: Blocks of the head, from 0 to all.
+
+        Returns:
+            The trunk, from pixel values ``[B, 3, H, W]`` to features ``[B, T, H]`` (T tokens of
+            hidden size H), without gradient and always in evaluation mode; and the head, from
+            features to embeddings ``[B, D]``, whose ``preprocess`` takes features ``[T, H]`` of
+            one image. Save the tower, not its parts.
+
+        Raises:
+            ValueError: If `k` is more than there are blocks.
+            NotImplementedError: For a tower that is neither CLIP nor SigLIP.
+
+        Example:
+            >>> import torch
+            >>> from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+            >>> from pairclip import load_tower
+            >>> config = CLIPVisionConfig(
+            ...     hidden_size=16, intermediate_size=32, num_hidden_layers=3, image_size=16,
+            ...     num_attention_heads=2, patch_size=8, projection_dim=8)
+            >>> tower = load_tower(CLIPVisionModelWithProjection(config))
+            >>> trunk, head = tower.split(1)
+            >>> pixels = torch.rand(2, 3, 16, 16)
+            >>> trunk(pixels).shape
+            torch.Size([2, 5, 16])
+            >>> torch.equal(head(trunk(pixels)), tower(pixels))
+            True
+        """
+        raise self._lacks("split")
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides an embedding: weights, settings and preprocessing.
+
+        The same in every process, on every device and after `save_pretrained` and `load_tower`
+        (which loads in float32). Adapters of PEFT count as merged. A plain transform is known by
+        its ``repr``.
+
+        Returns:
+            64 hexadecimal digits.
+
+        Example:
+            >>> from torch import nn
+            >>> from torchvision import transforms
+            >>> from pairclip import load_tower
+            >>> tower = load_tower(nn.Flatten(), image_processor=transforms.ToTensor())
+            >>> len(tower.fingerprint())
+            64
+        """
+        digest = hashlib.sha256(self._settings().encode())
+        for name, value in sorted(self._merged_weights().items()):
+            digest.update(f"\n{name} {value.dtype} {list(value.shape)}\n".encode())
+            digest.update(bytes_of(value))
+        return digest.hexdigest()
+
+    def _merged_weights(self) -> dict[str, Tensor]:
+        """What `save_pretrained` writes: plain names, with adapters of PEFT merged."""
+        return adapters.merged(self.model).state_dict()
+
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write a folder that `transformers` and `load_tower` load again.
 
@@ -89,3 +233,59 @@ class VisionTower(nn.Module):
             f"A tower around {type(self.model).__name__} has no `save_pretrained`: CLIP and SigLIP "
             "towers have it. Save this one with `safetensors.torch.save_model(tower, path)`."
         )
+
+    def _settings(self) -> str:
+        """What decides an embedding beside the weights."""
+        return _description(self.preprocess)
+
+    def _trainable_blocks(self) -> str:
+        """Ends what `freeze` prints."""
+        return ""
+
+    def _lacks(self, what: str) -> NotImplementedError:
+        return NotImplementedError(
+            f"A tower around {type(self.model).__name__} has no `{what}`: CLIP and SigLIP towers "
+            "have it."
+        )
+
+
+def tower_of(model: object) -> VisionTower:
+    """The tower itself, or the one inside what `peft.get_peft_model` made of it."""
+    tower = adapters.without_wrapper(model)
+    if not isinstance(tower, VisionTower):
+        raise TypeError(
+            f"`tower` must be a VisionTower, got {type(tower).__name__}. "
+            "`pairclip.load_tower` makes one of any module."
+        )
+    return tower
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The values of a tensor on any device, row after row; its own memory where possible."""
+    # NumPy has no bfloat16, but bytes are bytes.
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode within; afterwards every part has its own mode again."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def _description(transform: Any) -> str:
+    """The same text for the same preprocessing, today and in another process."""
+    if isinstance(transform, Preprocess):
+        return _description(transform.transform)
+    if isinstance(transform, ImageProcessingMixin):
+        settings = transform.to_dict()
+        # Which processor of texts it was once saved with doesn't change an image.
+        kept = {name: settings[name] for name in settings if "processor_class" not in name}
+        return json.dumps(kept, sort_keys=True, default=str)
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(transform))

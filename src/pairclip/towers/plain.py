@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pairclip.towers.base import Preprocess, VisionTower
+from pairclip.towers.base import Preprocess, VisionTower, evaluating
 
 
 def plain_tower(module: nn.Module, transform: Any) -> VisionTower:
@@ -25,18 +25,13 @@ def plain_tower(module: nn.Module, transform: Any) -> VisionTower:
             f"{_describe(pixel_values)}. Resize to a square and end with `ToTensor()`."
         )
     weights = next(chain(module.parameters(), module.buffers()), pixel_values)
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(module):
             embeddings: Any = module(pixel_values[None].to(weights.device))
     except (RuntimeError, ValueError, TypeError) as error:
         raise ValueError(
             f"{name} could not encode a grey image that its preprocess made {shape}: {error}"
         ) from error
-    finally:
-        for part, training in modes:
-            part.training = training
     if not (isinstance(embeddings, Tensor) and embeddings.ndim == 2 and len(embeddings) == 1):
         raise ValueError(
             f"{name} must turn pixel values [B, 3, H, W] into a tensor of embeddings [B, D], got "

@@ -20,7 +20,11 @@ from transformers import ImageProcessingMixin
 from transformers.utils import logging
 
 from pairclip import _checks
+from pairclip.towers import adapters
 from pairclip.towers.base import Preprocess, VisionTower
+
+# Settings that decide what the same weights give.
+_SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads", "patch_size", "image_size")
 
 
 class PretrainedTower(VisionTower):
@@ -119,9 +123,57 @@ class PretrainedTower(VisionTower):
         embeddings: Tensor = output["image_embeds" if "image_embeds" in output else "pooler_output"]
         return embeddings
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks, in order."""
+        return list(self._vision().encoder.layers)
+
+    def _vision(self) -> Any:
+        """The transformer inside the model; where PEFT put adapters in, they are in it."""
+        return next(part for part in self.model.modules() if "encoder" in part._modules)
+
+    def _depths(self) -> dict[str, int]:
+        """How deep each parameter is: 0 before the blocks, i in block i from 1, then one more."""
+        vision, blocks = self._vision(), self.blocks
+        stem = [vision.embeddings, getattr(vision, "pre_layrnorm", nn.Identity())]
+        depth = {
+            parameter: i
+            for i, part in enumerate([nn.ModuleList(stem), *blocks])
+            for parameter in part.parameters()
+        }
+        after = len(blocks) + 1
+        return {name: depth.get(p, after) for name, p in self.named_parameters()}
+
+    def _projection(self) -> nn.Module:
+        """The linear projection that comes last, or a ValueError that says what does."""
+        model = adapters.without_wrapper(self.model)
+        if hasattr(model, "visual_projection"):
+            projection: nn.Module = model.visual_projection
+            return projection
+        there = "a norm and a pooling head" if hasattr(self._vision(), "head") else "a norm"
+        raise ValueError(
+            f"This {self.family} tower has no projection: after its blocks comes {there}. Use "
+            "`all_but_last=0` to train nothing else."
+        )
+
+    def split(self, k: int) -> tuple[VisionTower, VisionTower]:
+        """Cut as `VisionTower.split` says."""
+        # The halves are towers of the same kind, so the import has to wait.
+        from pairclip.towers.splitting import split
+
+        return split(self, k)
+
+    def _merged_weights(self) -> dict[str, Tensor]:
+        """What `save_pretrained` writes: plain names, with adapters of PEFT merged."""
+        model = adapters.merged(self.model)
+        # transformers 4 knows the weights by this prefix only, 5 by both names.
+        prefix = "" if hasattr(model, "vision_model") else "vision_model."
+        return {prefix + name: value for name, value in model.state_dict().items()}
+
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the image tower and its image processor, for `transformers` and `load_tower`.
 
+        Adapters of PEFT are merged into the weights that are written; the tower keeps them.
         All is written into a folder of another name first, so a failure leaves no half-written
         model. In a folder that exists, files of the same name are replaced and others stay.
 
@@ -137,15 +189,13 @@ class PretrainedTower(VisionTower):
         # Where `folder` exists it may be the only one here on its disk, so the inside is used.
         parent = folder if folder.exists() else folder.parent
         unfinished = parent / f".{folder.name}.{uuid.uuid4().hex}"
-        model: Any = self.model
+        model = adapters.without_wrapper(self.model)
+        weights = self._merged_weights()
         try:
             unfinished.mkdir(parents=True)
-            # transformers 4 knows the weights by this prefix only, 5 by both names. One file, since
-            # an old `model.safetensors` is preferred to new shards beside it.
-            prefix = "" if hasattr(model, "vision_model") else "vision_model."
-            state = {prefix + name: value for name, value in model.state_dict().items()}
             with quiet():
-                model.save_pretrained(unfinished, state_dict=state, max_shard_size="1000GB")
+                # One file, since an old `model.safetensors` is preferred to new shards beside it.
+                model.save_pretrained(unfinished, state_dict=weights, max_shard_size="1000GB")
             self.image_processor.save_pretrained(unfinished)
             if folder.exists():
                 for file in unfinished.iterdir():
@@ -154,6 +204,16 @@ class PretrainedTower(VisionTower):
                 os.replace(unfinished, folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
+
+    def _settings(self) -> str:
+        config = self._vision().config
+        kept = {name: getattr(config, name) for name in _SETTINGS}
+        return f"{kept} {super()._settings()}"
+
+    def _trainable_blocks(self) -> str:
+        blocks = self.blocks
+        trainable = sum(any(p.requires_grad for p in block.parameters()) for block in blocks)
+        return f", {trainable} of {len(blocks)} blocks"
 
 
 @contextmanager

@@ -1,0 +1,60 @@
+"""Adapters that PEFT put into a model (LoRA and its likes): seen through, and merged."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from typing import Any
+
+from torch import nn
+
+# How PEFT merges `modules_to_save`, and layers that their parent merges.
+_OWN_WAY = "unload_and_optionally_merge_module"
+
+
+def without_wrapper(model: Any) -> Any:
+    """The model that a `peft.PeftModel` wraps, adapters still inside; another model as it is."""
+    # Who has such a model has imported PEFT; it is optional, and no one else needs it.
+    peft = sys.modules.get("peft")
+    wrapped = peft is not None and isinstance(model, (peft.PeftModel, peft.PeftMixedModel))
+    return model.base_model.model if wrapped else model
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether PEFT put something into the model."""
+    return any(_is_adapter(part) for part in model.modules())
+
+
+def merged(model: nn.Module) -> nn.Module:
+    """The model with its active adapters merged into its weights and taken out.
+
+    A model without adapters is returned as it is. One that has them isn't changed: a copy is.
+    """
+    if not has_adapters(model):
+        return model
+    model = copy.deepcopy(without_wrapper(model))
+    _merge_within(model)
+    return model
+
+
+def _is_adapter(part: nn.Module) -> bool:
+    if "peft" not in sys.modules:
+        return False
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return isinstance(part, BaseTunerLayer) or hasattr(part, _OWN_WAY)
+
+
+def _merge_within(module: nn.Module) -> None:
+    part: Any
+    for name, part in list(module.named_children()):
+        if not _is_adapter(part):
+            _merge_within(part)
+            continue
+        if hasattr(part, _OWN_WAY):
+            plain = getattr(part, _OWN_WAY)(merge=True, safe_merge=False, adapter_names=None)
+        else:
+            if not part.merged:
+                part.merge()
+            plain = part.get_base_layer()
+        setattr(module, name, plain)
