@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 from torch.utils.data import Subset
 
 import pairclip
@@ -26,6 +26,7 @@ import pairclip
 OFFLINE_NOTE = (
     "offline stand-in: scikit-learn's digits and a small random tower, not CIFAR-10 and CLIP"
 )
+HELD_OUT = "classes that were not trained on"
 NO_NETWORK_HELP = (
     "Without a network, use --offline, or --data FOLDER with your images and --model FOLDER with "
     "a tower that transformers saved."
@@ -109,7 +110,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Evaluate, fine-tune, evaluate again, and write what changed."""
     args = parse(arguments)
-    process = PartialState()  # one of several under `accelerate launch`
+    process = Accelerator()  # one of several under `accelerate launch`
     if args.offline:
         process.print(f"OFFLINE: {OFFLINE_NOTE}.")
     try:
@@ -118,7 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"error: {error}") from error
 
 
-def run(args: argparse.Namespace, process: PartialState) -> None:
+def run(args: argparse.Namespace, process: Accelerator) -> None:
     """Do the work for parsed arguments; the main process alone writes and prints."""
     output = args.output
     output.mkdir(parents=True, exist_ok=True)
@@ -138,8 +139,8 @@ def run(args: argparse.Namespace, process: PartialState) -> None:
     finetuner, options = prepare(tower, data.train, args)
     process.print(f"{len(data.train)} images to train on, {len(data.test)} to evaluate on.")
 
-    before = pairclip.evaluate(tower, data.test, num_workers=args.num_workers)
-    unseen_before = data.held_out and pairclip.evaluate(tower, data.held_out)
+    also = {} if data.held_out is None else {HELD_OUT: data.held_out}
+    before = pairclip.evaluate(tower, data.test, num_workers=args.num_workers, also=also)
     shown = pictures_to_show(data.test)
     similarity_before = pairclip.similarity_matrix(pairclip.embed_images(tower, shown))
 
@@ -147,19 +148,10 @@ def run(args: argparse.Namespace, process: PartialState) -> None:
     if not process.is_main_process:
         return
 
-    after = pairclip.evaluate(tower, data.test, num_workers=args.num_workers)
-    unseen_after = data.held_out and pairclip.evaluate(tower, data.held_out)
+    after = pairclip.evaluate(tower, data.test, num_workers=args.num_workers, also=also)
     similarity_after = pairclip.similarity_matrix(pairclip.embed_images(tower, shown))
     print("\n" + after.to_markdown(before))
     metrics = {"before": before.to_dict(), "after": after.to_dict(), "config": config}
-    if unseen_before and unseen_after:
-        print(f"\nClasses that were not trained on ({args.hold_out_classes}):\n")
-        print(unseen_after.to_markdown(unseen_before))
-        metrics["held_out_classes"] = {
-            "before": unseen_before.to_dict(),
-            "after": unseen_after.to_dict(),
-        }
-
     note = "\n(offline: digits, random tower)" if args.offline else ""
     (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
     for when, similarity, evaluation in [
@@ -174,12 +166,21 @@ def run(args: argparse.Namespace, process: PartialState) -> None:
         )
         pairclip.plot_class_similarity(
             evaluation,
+            order=before,
             title=f"Mean similarity of classes {when} fine-tuning{note}",
             path=output / f"class_similarity_{when}.png",
         )
     pairclip.plot_history(history, title=f"Fine-tuning{note}", path=output / "history.png")
+    page = pairclip.write_report(
+        output,
+        before,
+        after,
+        dataset=data.test,
+        history=history,
+        note=f"{OFFLINE_NOTE[:1].upper()}{OFFLINE_NOTE[1:]}." if args.offline else None,
+    )
     tower.save_pretrained(output / "tower")
-    print(f"\nFigures, pictures and the tuned tower are in {output}.")
+    print(f"\nFigures, pictures and the tuned tower are in {output}. Open {page} to see it all.")
 
 
 def prepare(

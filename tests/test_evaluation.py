@@ -1,10 +1,15 @@
-"""Evaluations: each figure against a direct computation, and the tables."""
+"""Evaluations: each figure against a direct computation, the tables, and the files."""
 
 import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
+from scipy.cluster.hierarchy import leaves_list, linkage
 
 from pairclip import (
     Evaluation,
@@ -14,6 +19,10 @@ from pairclip import (
     mean_average_precision,
     recall_at_k,
 )
+from pairclip._bootstrap import paired_intervals
+from pairclip._class_order import similarity_order
+from pairclip.evaluation import Change, PairHistogram
+from pairclip.retrieval import pair_separation
 
 
 def sample(classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,27 +101,183 @@ def test_one_class_alone_has_no_different_pairs() -> None:
     assert found.confused_classes == []
 
 
-def test_tables_show_figures_and_changes() -> None:
+def before_and_after() -> tuple[Evaluation, Evaluation]:
     rows, labels = sample()
-    before, after = (
-        evaluate_embeddings(torch.ones_like(rows), labels),
-        evaluate_embeddings(rows, labels),
-    )
+    noise = torch.randn(rows.shape, generator=torch.Generator().manual_seed(1))
+    return evaluate_embeddings(rows + 3 * noise, labels), evaluate_embeddings(rows, labels)
+
+
+def test_figures_of_pairs_are_those_of_their_own_function() -> None:
+    rows, labels = sample()
+    found, pairs = evaluate_embeddings(rows, labels), pair_separation(rows, labels)
+    for key in ("same_std", "different_std", "gap", "roc_auc", "roc_auc_error", "best_threshold"):
+        assert getattr(found, key) == getattr(pairs, key), key
+    assert found.pair_average_precision == pairs.average_precision
+    assert found.histogram.same.sum() == pairs.num_same
+    assert found.histogram.different.sum() == pairs.num_different
+
+
+def test_figures_are_means_over_queries_and_classes() -> None:
+    rows, labels = sample()
+    labels[7] = 9
+    with pytest.warns(UserWarning, match="1 of 80 queries were left out"):
+        found = evaluate_embeddings(rows, labels)
+    of_query = found.labels[found.queries]
+    assert 7 not in found.queries
+    for key, values in found.per_query.items():
+        assert getattr(found, key) == pytest.approx(values.mean()), key
+        for place in range(4):
+            expected = values[of_query == place].mean()
+            assert found.per_class[key][place] == pytest.approx(expected), key
+        assert np.isnan(found.per_class[key][4])
+    right = found.labels[found.neighbors[:, 0]] == of_query
+    np.testing.assert_array_equal(right, found.per_query["recall_at_1"])
+
+
+def test_tables_show_figures_and_changes() -> None:
+    before, after = before_and_after()
     table = after.to_markdown(before).splitlines()
-    assert table[0] == "| | before | after | change |"
-    recall = next(line for line in table if line.startswith("| Recall at 1 "))
-    change = after.recall_at_1 - before.recall_at_1
-    assert recall == (
-        f"| Recall at 1 | {before.recall_at_1:.3f} | {after.recall_at_1:.3f} | {change:+.3f} |"
+    assert table[0] == "| | before | after | change | 95 % interval |"
+    change = after.changes(before)["recall_at_1"]
+    low, high = change.interval or (0, 0)
+    assert low > 0
+    assert next(line for line in table if line.startswith("| Recall at 1 ")) == (
+        f"| Recall at 1 | {before.recall_at_1:.3f} | {after.recall_at_1:.3f} | "
+        f"**{change.difference:+.3f}** | {low:+.3f} to {high:+.3f} |"
     )
+    gap = next(line for line in table if line.startswith("| Gap "))
+    assert gap.endswith(f"| {after.gap - before.gap:+.3f} |  |")
     assert f"| Recall at 1 | {after.recall_at_1:.3f} |" in after.to_markdown()
+
+
+def test_a_change_is_marked_only_if_its_interval_leaves_out_zero() -> None:
+    before, _ = before_and_after()
+    assert "**" not in before.to_markdown(before)
+    assert "-0.000" not in before.to_markdown(before)
+    assert Change(0.5, 0.4, (-0.2, -0.1)).is_clear
+    assert not Change(0.5, 0.4, (-0.2, 0.0)).is_clear
+    assert not Change(0.5, 0.4, None).is_clear
+
+
+def test_intervals_are_those_of_a_plain_bootstrap() -> None:
+    generator = np.random.default_rng(3)
+    before, after = generator.random((2, 3, 150))
+    drawn = np.random.default_rng(4).integers(0, 150, (20_000, 150))
+    means = (after - before)[:, drawn].mean(axis=2)
+    expected = np.percentile(means, [2.5, 97.5], axis=1).T
+    found = paired_intervals(before, after)
+    np.testing.assert_allclose(found, expected, atol=0.006)
+    np.testing.assert_array_equal(found, paired_intervals(before, after))
+    normal = (after - before).mean(axis=1)[:, None] + 1.96 * np.array([-1, 1]) * stats.sem(
+        after - before, axis=1
+    ).reshape(3, 1)
+    np.testing.assert_allclose(found, normal, atol=0.01)
+
+
+def test_the_number_of_resamples_at_once_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, after = np.random.default_rng(3).random((2, 2, 50))
+    at_once = paired_intervals(before, after)
+    monkeypatch.setattr("pairclip._bootstrap._BATCH_VALUES", 700)
+    np.testing.assert_allclose(paired_intervals(before, after), at_once, rtol=0, atol=1e-12)
+
+
+def test_one_query_has_no_interval() -> None:
+    assert paired_intervals(np.zeros((2, 1)), np.ones((2, 1))) is None
+
+
+def test_further_datasets_are_evaluated_apart_and_follow_in_the_table(tower, images) -> None:
+    pictures, labels = images
+    found = evaluate(tower, images, also={"first half": (pictures[:24], labels[:24])})
+    alone = evaluate(tower, (pictures[:24], labels[:24]))
+    assert found.also["first half"].to_dict() == alone.to_dict()
+    assert found.to_dict()["also"]["first half"]["num_images"] == 24
+    table = found.to_markdown(found)
+    assert table.count("| Recall at 1 |") == 2
+    assert "\n\n**first half**\n\n| |" in table
+    with pytest.raises(ValueError, match=r"same evaluations in `also`, got \[\] against \['first"):
+        found.to_markdown(evaluate(tower, images))
+    with pytest.raises(TypeError, match="`also` must be a dict of datasets by name, got list"):
+        evaluate(tower, images, also=[images])
+
+
+def assert_equal(found: Any, expected: Any) -> None:
+    assert type(found) is type(expected)
+    if isinstance(expected, (Evaluation, PairHistogram)):
+        for each in fields(expected):
+            assert_equal(getattr(found, each.name), getattr(expected, each.name))
+    elif isinstance(expected, dict):
+        assert list(found) == list(expected)
+        for key in expected:
+            assert_equal(found[key], expected[key])
+    elif isinstance(expected, np.ndarray):
+        assert found.dtype == expected.dtype
+        np.testing.assert_array_equal(found, expected)
+    else:
+        np.testing.assert_equal(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*queries were left out")
+def test_files_keep_everything_exactly(tower, images, tmp_path: Path) -> None:
+    pictures, labels = images
+    path = tmp_path / "before.json"
+    names = [["ant", 'b"é\\', "c\udc80"][label] for label in labels]
+    found = evaluate(tower, (pictures, [*names[:-1], "alone"]), also={"one": (pictures, [0] * 48)})
+    found.to_json(path)
+    assert_equal(Evaluation.from_json(path), found)
+    assert found.to_markdown(Evaluation.from_json(path)) == found.to_markdown(found)
+    assert json.loads(path.read_text())["recall_at_1"] == found.recall_at_1
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, after = before_and_after()
+    path = tmp_path / "evaluation.json"
+    before.to_json(path)
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("pairclip._files.os.fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        after.to_json(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["evaluation.json"]
+    assert_equal(Evaluation.from_json(path), before)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 9}', '{"format": 1}'])
+def test_another_file_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "other.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"`path` must be a file that `Evaluation.to_json` wrote"):
+        Evaluation.from_json(path)
 
 
 def test_a_baseline_of_other_images_is_refused() -> None:
     rows, labels = sample()
-    other = evaluate_embeddings(rows[:40], labels[:40])
+    after = evaluate_embeddings(rows, labels)
     with pytest.raises(ValueError, match="`baseline` must be of the same images, got 40 images"):
-        evaluate_embeddings(rows, labels).to_markdown(other)
+        after.to_markdown(evaluate_embeddings(rows[:40], labels[:40]))
+    with pytest.raises(ValueError, match="first other class being 'd' against '0'"):
+        after.to_markdown(evaluate_embeddings(rows, labels, class_names=["d", "1", "2", "3"]))
+    swapped = labels.roll(1)
+    swapped[0] = 0
+    with pytest.raises(ValueError, match="classes of 79 images differ, first of image 1: '0' aga"):
+        after.to_markdown(evaluate_embeddings(rows, swapped))
+
+
+def test_classes_stand_in_the_order_of_scipy() -> None:
+    points = np.random.default_rng(0).normal(size=(9, 3))
+    unit = points / np.linalg.norm(points, axis=1, keepdims=True)
+    similarity = unit @ unit.T
+    similarity[2, 2] = np.nan
+    tree = linkage(unit, "average", metric="cosine", optimal_ordering=True)
+    np.testing.assert_array_equal(similarity_order(similarity), leaves_list(tree))
+    blocks = np.array([0, 1, 2, 0, 1, 2])
+    order = similarity_order((blocks[:, None] == blocks).astype(float))
+    assert len(np.flatnonzero(np.diff(blocks[order]))) == 2
+    for count in range(3):
+        np.testing.assert_array_equal(similarity_order(np.eye(count)), np.arange(count))
 
 
 def test_wrong_arguments_are_named() -> None:

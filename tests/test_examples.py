@@ -57,6 +57,9 @@ def test_offline_writes_pictures_and_a_tower_that_transformers_loads(
     offline: tuple[Path, str],
 ) -> None:
     output, _ = offline
+    page = (output / "report.html").read_text(encoding="utf-8")
+    assert "not CIFAR-10 and CLIP" in page
+    assert page.count("data:image/") > 20
     for name in [*PICTURES, "history.png"]:
         with Image.open(output / name) as picture:
             assert min(picture.size) > 300
@@ -64,6 +67,20 @@ def test_offline_writes_pictures_and_a_tower_that_transformers_loads(
     processor = AutoImageProcessor.from_pretrained(output / "tower")
     pixels = processor(images=Image.new("RGB", (8, 8)), return_tensors="pt")["pixel_values"]
     assert model(pixel_values=pixels).image_embeds.shape == (1, 32)
+
+
+def test_under_a_launcher_the_processes_train_together_and_one_writes(tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launch, str(EXAMPLE), "--offline", "--epochs=1", "--resume", f"--output={tmp_path}"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| Recall at 1 |") == 1
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000010"]
 
 
 @pytest.fixture
@@ -95,7 +112,7 @@ def test_a_folder_of_images_and_a_folder_of_a_model(folder: Path, model: Path) -
     assert done.returncode == 0, done.stderr
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["before"]["class_names"] == ["ant", "cat"]
-    assert metrics["held_out_classes"]["after"]["class_names"] == ["bee"]
+    assert metrics["after"]["also"]["classes that were not trained on"]["class_names"] == ["bee"]
     assert metrics["before"]["num_images"] == 8
     assert metrics["config"]["margin"] == 0.1
     assert "12 images to train on, 8 to evaluate on" in done.stdout

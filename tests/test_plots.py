@@ -9,11 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from pairclip import (
-    History,
-    evaluate_embeddings,
+from pairclip import Evaluation, History, evaluate_embeddings
+from pairclip._class_order import similarity_order
+from pairclip.plots import (
     plot_class_similarity,
     plot_history,
+    plot_pair_histogram,
+    plot_retrieval,
     plot_similarity_matrix,
 )
 
@@ -70,7 +72,9 @@ def test_class_matrix_has_names_and_figures(tmp_path: Path) -> None:
     evaluation = evaluate_embeddings(
         torch.randn(30, 4), torch.arange(30) % 3, class_names=["ant", HOSTILE, "c" * 40]
     )
-    figure = plot_class_similarity(evaluation, title=HOSTILE, path=tmp_path / "classes.png")
+    figure = plot_class_similarity(
+        evaluation, order="given", title=HOSTILE, path=tmp_path / "classes.png"
+    )
     axes = figure.axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == [
         "ant",
@@ -84,7 +88,7 @@ def test_class_matrix_has_names_and_figures(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*queries were left out")
 def test_a_class_of_one_image_has_no_similarity_with_itself(tmp_path: Path) -> None:
     evaluation = evaluate_embeddings(torch.randn(5, 4), [0, 0, 1, 1, 2])
-    figure = plot_class_similarity(evaluation, path=tmp_path / "classes.png")
+    figure = plot_class_similarity(evaluation, order="given", path=tmp_path / "classes.png")
     assert figure.axes[0].texts[-1].get_text() == "-"
 
 
@@ -94,6 +98,87 @@ def test_many_classes_are_drawn_without_figures(tmp_path: Path) -> None:
     assert len(figure.axes[0].texts) == 0
     with Image.open(tmp_path / "classes.png") as saved:
         assert max(saved.size) < 3000
+
+
+def sample(seed: int = 0, spread: float = 1.0) -> Evaluation:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(40) % 4
+    rows = torch.eye(4)[labels] + spread * torch.randn(40, 4, generator=generator)
+    return evaluate_embeddings(rows, labels, class_names=["ant", "bee", HOSTILE, "dog"])
+
+
+def test_like_classes_stand_together_in_one_order_before_and_after() -> None:
+    before, after = sample(0), sample(1, 0.3)
+    order = similarity_order(before.class_similarity)
+    assert not np.array_equal(order, np.arange(4))
+    for evaluation, figure in [
+        (before, plot_class_similarity(before)),
+        (after, plot_class_similarity(after, order=before)),
+    ]:
+        axes = figure.axes[0]
+        shown = [label.get_text() for label in axes.get_yticklabels()]
+        assert [name[:3] for name in shown] == [before.class_names[i][:3] for i in order]
+        np.testing.assert_array_equal(
+            axes.images[0].get_array(), evaluation.class_similarity[np.ix_(order, order)]
+        )
+
+
+def test_pairs_are_drawn_as_densities_on_the_same_axes(tmp_path: Path) -> None:
+    before, after = sample(0), sample(1, 0.3)
+    figure = plot_pair_histogram(before, after, title=HOSTILE, path=tmp_path / "pairs.png")
+    first, second = figure.axes
+    assert first.get_xlim() == second.get_xlim()
+    assert first.get_ylim() == second.get_ylim()
+    for axes, evaluation in [(first, before), (second, after)]:
+        heights, edges, _ = axes.patches[1].get_data()
+        assert np.sum(heights * np.diff(edges)) == pytest.approx(1)
+        counts = evaluation.histogram.same
+        np.testing.assert_allclose(heights / heights.sum(), counts / counts.sum())
+        assert f"{evaluation.best_threshold:.2f}" in axes.texts[0].get_text()
+    assert [text.get_text() for text in first.get_legend().get_texts()] == [
+        "same class",
+        "different classes",
+    ]
+    low, high = first.get_xlim()
+    assert -1.1 < low < high < 1.1
+
+
+@pytest.mark.parametrize("classes", [1, 2, 120])
+def test_any_number_of_classes_is_drawn(classes: int, tmp_path: Path) -> None:
+    labels = torch.arange(max(6, 2 * classes)) % classes
+    evaluation = evaluate_embeddings(torch.randn(len(labels), 4), labels)
+    plot_class_similarity(evaluation, path=tmp_path / "classes.png")
+    assert len(plot_pair_histogram(evaluation, path=tmp_path / "pairs.png").axes) == 1
+    with Image.open(tmp_path / "classes.png") as saved:
+        assert max(saved.size) < 3000
+
+
+def test_neighbours_are_framed_and_marked_right_or_wrong(tmp_path: Path) -> None:
+    evaluation = sample()
+    figure = plot_retrieval(
+        (pictures(40), evaluation.labels),
+        evaluation,
+        queries=[6, 1],
+        k=3,
+        title=HOSTILE,
+        path=tmp_path / "found.png",
+    )
+    assert len(figure.axes) == 8
+    for row, query in enumerate([6, 1]):
+        first, *found = figure.axes[4 * row : 4 * row + 4]
+        np.testing.assert_array_equal(first.images[0].get_array(), pictures(40)[query])
+        for axes, image in zip(found, evaluation.neighbors[query], strict=False):
+            np.testing.assert_array_equal(axes.images[0].get_array(), pictures(40)[image])
+            right = evaluation.labels[image] == evaluation.labels[query]
+            assert axes.get_title()[0] == ("✓" if right else "✗")
+            red, green, *_ = axes.spines["top"].get_edgecolor()
+            assert (green > red) == right
+
+
+def test_the_classes_take_turns_as_queries() -> None:
+    evaluation = sample()
+    figure = plot_retrieval((pictures(40), evaluation.labels), evaluation, queries=4, k=1)
+    assert [axes.get_title()[:3] for axes in figure.axes[::2]] == ["ant", "bee", "<b>", "dog"]
 
 
 def test_history_shows_loss_rate_and_evaluations(tmp_path: Path) -> None:
@@ -116,6 +201,22 @@ def test_wrong_arguments_are_named() -> None:
         plot_similarity_matrix(pictures(3), torch.eye(3), names=["a"])
     with pytest.raises(ValueError, match="`history` must have at least one step"):
         plot_history(History())
+    evaluation = sample()
+    data = (pictures(40), evaluation.labels)
+    with pytest.raises(ValueError, match="`order` must be one of 'similarity', 'given', got 'x'"):
+        plot_class_similarity(evaluation, order="x")
+    with pytest.raises(ValueError, match="`order` must be an evaluation of the same classes"):
+        plot_class_similarity(evaluation, order=evaluate_embeddings(torch.eye(4), [0, 0, 1, 1]))
+    with pytest.raises(ValueError, match="`k` must be at most the 10 neighbours"):
+        plot_retrieval(data, evaluation, k=11)
+    with pytest.raises(ValueError, match="`queries` must be images that were queries, got 40"):
+        plot_retrieval(data, evaluation, queries=[40])
+    with pytest.raises(ValueError, match="`queries` must name at least one image"):
+        plot_retrieval(data, evaluation, queries=[])
+    with pytest.raises(ValueError, match="`dataset` must be the evaluated one, got 39 images"):
+        plot_retrieval((pictures(39), evaluation.labels[:39]), evaluation)
+    with pytest.raises(ValueError, match="classes of 2 images differ, first of image 0"):
+        plot_retrieval((pictures(40), evaluation.labels[[1, 0, *range(2, 40)]]), evaluation)
 
 
 def test_without_matplotlib_the_error_says_what_to_install() -> None:

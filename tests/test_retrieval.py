@@ -1,6 +1,8 @@
 """Retrieval figures, against scikit-learn, pytorch-metric-learning and enumeration of ties."""
 
+import contextlib
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -12,7 +14,19 @@ from pytorch_metric_learning.utils.inference import CustomKNN
 from sklearn.metrics import average_precision_score
 from sklearn.neighbors import KNeighborsClassifier
 
-from pairclip import knn_accuracy, mean_average_precision, recall_at_k, retrieval
+from pairclip import _blocks, retrieval
+from pairclip.retrieval import (
+    Figures,
+    all_figures,
+    knn_accuracy,
+    map_at_r,
+    mean_average_precision,
+    precision_at_k,
+    r_precision,
+    recall_at_k,
+)
+
+FIGURES = (recall_at_k, precision_at_k, r_precision, map_at_r, mean_average_precision)
 
 
 def sample(count: int = 120, classes: int = 5, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,39 +39,54 @@ def cosines(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
     return torch.nn.functional.cosine_similarity(a[:, None], b[None], dim=2).numpy()
 
 
-def test_precision_at_one_is_that_of_pytorch_metric_learning() -> None:
-    rows, labels = sample()
-    calculator = AccuracyCalculator(
-        include=("precision_at_1",), k=1, knn_func=CustomKNN(CosineSimilarity())
-    )
-    expected = calculator.get_accuracy(rows, labels)["precision_at_1"]
-    assert recall_at_k(rows, labels) == pytest.approx(expected, abs=1e-9)
+def alone(labels: torch.Tensor) -> int:
+    return int((labels.unique(return_counts=True)[1] == 1).sum())
+
+
+def assert_figures_equal(found: Figures, expected: Figures, **tolerances: float) -> None:
+    for name, value in expected._asdict().items():
+        other = getattr(found, name)
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(other, value, **tolerances)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_figures_are_those_of_pytorch_metric_learning(separate: bool) -> None:
+    rows, labels = sample(200)
+    queries = dict(zip(("queries", "query_labels"), sample(50, seed=1), strict=True))
+    names = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
+    calculator = AccuracyCalculator(include=names, knn_func=CustomKNN(CosineSimilarity()))
+    if separate:
+        expected = calculator.get_accuracy(*queries.values(), rows, labels)
+    else:
+        queries = {}
+        expected = calculator.get_accuracy(rows, labels)
+    at_1 = expected["precision_at_1"]
+    assert recall_at_k(rows, labels, **queries) == pytest.approx(at_1, abs=1e-9)
+    assert precision_at_k(rows, labels, **queries) == pytest.approx(at_1, abs=1e-9)
+    found = r_precision(rows, labels, **queries)
+    assert found == pytest.approx(expected["r_precision"], abs=1e-9)
+    found = map_at_r(rows, labels, **queries)
+    assert found == pytest.approx(expected["mean_average_precision_at_r"], abs=1e-9)
 
 
 @pytest.mark.parametrize("k", [1, 5, 10, 500])
-def test_recall_is_the_share_of_queries_with_a_hit(k: int) -> None:
+def test_recall_and_precision_look_at_the_k_nearest(k: int) -> None:
     rows, labels = sample(classes=40)
     scores = cosines(rows, rows)
     np.fill_diagonal(scores, -np.inf)
-    hits = []
-    with pytest.warns(UserWarning, match="queries were left out") if alone(labels) else nothing():
-        found = recall_at_k(rows, labels, k=k)
+    hits, precisions = [], []
     for i in range(len(rows)):
         relevant = (labels == labels[i]).numpy()
         if relevant.sum() > 1:
             nearest = np.argsort(-scores[i])[: min(k, len(rows) - 1)]
             hits.append(relevant[nearest].any())
-    assert found == pytest.approx(np.mean(hits))
-
-
-def alone(labels: torch.Tensor) -> int:
-    return int((labels.unique(return_counts=True)[1] == 1).sum())
-
-
-class nothing:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *error: object) -> None: ...
+            precisions.append(relevant[nearest].sum() / k)
+    assert alone(labels)
+    with pytest.warns(UserWarning, match="queries were left out"):
+        assert recall_at_k(rows, labels, k=k) == pytest.approx(np.mean(hits))
+    with pytest.warns(UserWarning, match="queries were left out"):
+        assert precision_at_k(rows, labels, k=k) == pytest.approx(np.mean(precisions))
 
 
 def test_average_precision_is_that_of_scikit_learn() -> None:
@@ -82,6 +111,13 @@ def test_a_separate_gallery_is_searched_whole() -> None:
     hits = relevant[np.arange(30)[:, None], np.argsort(-scores)[:, :3]].any(1)
     found = recall_at_k(items, labels, k=3, queries=queries, query_labels=query_labels)
     assert found == pytest.approx(hits.mean())
+    query_labels[7] = 99
+    with pytest.warns(UserWarning, match="1 of 30 queries were left out"):
+        figures = all_figures(items, labels, queries=queries, query_labels=query_labels)
+    assert 7 not in figures.queries
+    assert len(figures.queries) == 29
+    nearest = np.delete(np.argsort(-scores), 7, axis=0)[:, :10]
+    np.testing.assert_array_equal(figures.neighbors, nearest)
 
 
 def test_votes_are_those_of_scikit_learn() -> None:
@@ -92,77 +128,220 @@ def test_votes_are_those_of_scikit_learn() -> None:
     assert knn_accuracy(rows, labels, test, test_labels, k=5) == pytest.approx(expected)
 
 
+def test_tied_classes_and_tied_voters_share_the_vote() -> None:
+    train = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
+    query = torch.tensor([[1.0, 0.0]])
+    # Two classes have one vote each.
+    assert knn_accuracy(train, [0, 1, 2, 2, 2], query, [1], k=2) == pytest.approx(1 / 2)
+    # The third place is for one of three: class 0 has 1 + 1 / 3 votes, class 1 has 1 + 2 / 3.
+    assert knn_accuracy(train, [0, 1, 0, 1, 1], query, [0], k=3) == 0
+    assert knn_accuracy(train, [0, 1, 0, 1, 1], query, [1], k=3) == 1
+    # Of a class that nobody has, and of one that no neighbour has.
+    assert knn_accuracy(train, [0, 1, 2, 2, 2], query, [7], k=3) == 0
+    assert knn_accuracy(train, [0, 0, 2, 2, 2], query, [2], k=2) == 0
+
+
+# Exact cosines, so that the oracle has the same ties.
+CORNERS = ((1.0, 0.0), (0.0, 2.0), (-1.0, 0.0), (0.0, 0.0))
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    scores=st.lists(st.sampled_from([0.1, 0.5, 0.9]), min_size=2, max_size=6),
-    relevant=st.integers(1, 63),
+    st.lists(st.tuples(st.sampled_from(CORNERS), st.integers(0, 1)), min_size=3, max_size=6),
+    st.integers(1, 7),
 )
-def test_ties_count_as_their_mean_over_all_orders(scores: list[float], relevant: int) -> None:
-    scores = sorted(scores, reverse=True)
-    count = len(scores)
-    flags = [bool(relevant >> i & 1) for i in range(count)]
-    if not any(flags):
-        flags[0] = True
-    precisions, hits = [], []
-    for order in itertools.permutations(range(count)):
-        if any(scores[a] < scores[b] for a, b in itertools.pairwise(order)):
-            continue
-        ranked = np.array([flags[i] for i in order])
-        precision = ranked.cumsum() / np.arange(1, count + 1)
-        precisions.append(precision[ranked].mean())
-        hits.append([ranked[:k].any() for k in range(1, count + 2)])
-    tensor, found = torch.tensor([scores]), torch.tensor([flags])
-    ties = retrieval._ties(tensor)
-    assert float(retrieval._average_precision(found, ties)) == pytest.approx(np.mean(precisions))
-    chances = [float(retrieval._hit(found, ties, k)) for k in range(1, count + 2)]
-    np.testing.assert_allclose(chances, np.mean(hits, axis=0), atol=1e-9)
+def test_ties_count_as_their_mean_over_all_orders(
+    items: list[tuple[tuple[float, float], int]], k: int
+) -> None:
+    rows = torch.tensor([corner for corner, _ in items])
+    labels = torch.tensor([label for _, label in items])
+    labels[0] = labels[1]
+    scores = cosines(rows, rows)
+    expected = [
+        np.mean([ordered_figures(relevant, k) for relevant in orders_of(i, scores, labels)], axis=0)
+        for i in range(len(rows))
+        if (labels == labels[i]).sum() > 1
+    ]
+    left_out = pytest.warns(UserWarning, match="left out")
+    with left_out if alone(labels) else contextlib.nullcontext():
+        found = all_figures(rows, labels, ks=(k,), separation=False)
+    figures = torch.stack(
+        [
+            found.recall[:, 0],
+            found.precision[:, 0],
+            found.r_precision,
+            found.map_at_r,
+            found.average_precision,
+        ],
+        dim=1,
+    )
+    np.testing.assert_allclose(figures, expected, atol=1e-12)
 
 
-def test_a_collapsed_tower_gets_chance_whatever_the_order_of_the_rows() -> None:
-    rows = torch.zeros(40, 4)
-    rows[:, 0] = 1
-    labels = torch.arange(40) // 10
-    figures = {
-        (recall_at_k(rows, order), mean_average_precision(rows, order))
-        for order in (labels, labels.flip(0), labels[torch.randperm(40)])
-    }
-    assert len({(round(a, 9), round(b, 9)) for a, b in figures}) == 1
-    assert recall_at_k(rows, labels) == pytest.approx(9 / 39)
+def orders_of(query: int, scores: np.ndarray, labels: torch.Tensor) -> list[np.ndarray]:
+    """Which results are relevant, in every order that the scores of this query allow."""
+    others = [i for i in range(len(labels)) if i != query]
+    return [
+        np.array([bool(labels[i] == labels[query]) for i in order])
+        for order in itertools.permutations(others)
+        if all(scores[query, a] >= scores[query, b] for a, b in itertools.pairwise(order))
+    ]
+
+
+def ordered_figures(relevant: np.ndarray, k: int) -> list[float]:
+    total = relevant.sum()
+    precision = relevant.cumsum() / np.arange(1, len(relevant) + 1) * relevant
+    return [
+        relevant[:k].any(),
+        relevant[:k].sum() / k,
+        relevant[:total].sum() / total,
+        precision[:total].sum() / total,
+        precision.sum() / total,
+    ]
+
+
+@pytest.mark.parametrize("width", [17, 512])
+def test_a_collapsed_tower_gets_chance_whatever_the_order_of_the_rows(width: int) -> None:
+    row = torch.randn(width, generator=torch.Generator().manual_seed(width))
+    rows, labels = row.repeat(1003, 1), torch.arange(1003) % 17
+    found = all_figures(rows, labels)
+    chance = (labels.bincount()[labels] - 1) / 1002
+    torch.testing.assert_close(found.recall[:, 0], chance.double(), atol=1e-7, rtol=0)
+    torch.testing.assert_close(found.r_precision, found.precision[:, 2], atol=1e-12, rtol=0)
+    order = torch.randperm(1003, generator=torch.Generator().manual_seed(0))
+    other = all_figures(rows, labels[order])
+    for name in ("recall", "precision", "r_precision", "map_at_r", "average_precision"):
+        torch.testing.assert_close(
+            getattr(other, name), getattr(found, name)[order], atol=1e-12, rtol=0
+        )
+    assert found.separation is not None
+    assert found.separation.roc_auc == 0.5
+    assert found.separation.roc_auc_error == 0
+    torch.testing.assert_close(found.neighbors[500], torch.arange(10))
+    rows, labels = rows[:1000], torch.arange(1000) % 4
     assert knn_accuracy(rows, labels, rows, labels, k=1) == pytest.approx(1 / 4)
 
 
-def test_block_size_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("width", [17, 512])
+@pytest.mark.parametrize("count", [5, 67, 1003])
+def test_equal_rows_have_equal_similarities_wherever_they_stand(count: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    kinds = torch.randint(max(2, count // 9), (count,), generator=generator)
+    rows = torch.randn(count, width, generator=generator)[kinds]
+    search = _blocks.prepare(rows, kinds, rows, kinds)
+    scores = torch.cat([b.scores.clone() for b in _blocks.blocks(search, torch.arange(count))])
+    first = torch.stack([(kinds == kind).nonzero()[0, 0] for kind in kinds])
+    assert torch.equal(scores[:, :count], scores[:, first])
+    assert torch.equal(scores, scores[first])
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(st.integers(0, 10_000), st.integers(1, 9), st.integers(1, 40), st.integers(0, 3))
+def test_block_size_and_row_order_do_not_matter(
+    seed: int, classes: int, block_rows: int, duplicates: int
+) -> None:
+    rows, labels = sample(90, classes, seed)
+    rows = rows.double()
+    rows[:duplicates] = rows[50]
+    labels = labels.clamp_max(labels[labels.bincount(minlength=classes)[labels] > 1].max())
+    rows, labels = rows[keep := labels.bincount()[labels] > 1], labels[keep]
+    whole = all_figures(rows, labels, separation=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_blocks, "_BLOCK_ROWS", block_rows)
+        found = all_figures(rows, labels, separation=False)
+    assert_figures_equal(found, whole, atol=1e-12, rtol=0)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    found = all_figures(rows[order], labels[order], separation=False)
+    for name in ("recall", "precision", "r_precision", "map_at_r", "average_precision"):
+        torch.testing.assert_close(
+            getattr(found, name), getattr(whole, name)[order], atol=1e-12, rtol=0
+        )
+    torch.testing.assert_close(found.neighbor_scores, whole.neighbor_scores[order])
+
+
+def test_all_figures_are_those_of_their_own_functions() -> None:
     rows, labels = sample()
-    whole = retrieval.per_query(rows, labels, ks=(1, 5), neighbors=3)
-    monkeypatch.setattr(retrieval, "_BLOCK_CELLS", 7 * len(rows))
-    blocks = retrieval.per_query(rows, labels, ks=(1, 5), neighbors=3)
-    for expected, found in zip(whole, blocks, strict=True):
-        torch.testing.assert_close(found, expected)
+    found = all_figures(rows, labels, ks=(1, 7), knn=3, neighbors=4)
+    assert found.queries.tolist() == list(range(120))
+    means = [
+        *(found.recall[:, 1], found.precision[:, 1]),
+        *(found.r_precision, found.map_at_r, found.average_precision),
+    ]
+    expected = [
+        *(recall_at_k(rows, labels, k=7), precision_at_k(rows, labels, k=7)),
+        *(r_precision(rows, labels), map_at_r(rows, labels), mean_average_precision(rows, labels)),
+    ]
+    assert [float(values.mean()) for values in means] == pytest.approx(expected, abs=1e-12)
+    others = [
+        knn_accuracy(
+            rows[keep := torch.arange(120) != i], labels[keep], rows[i : i + 1], labels[i : i + 1]
+        )
+        for i in range(10)
+    ]
+    assert all_figures(rows, labels, knn=5).knn_correct[:10].tolist() == pytest.approx(others)
+    assert found.neighbors.shape == found.neighbor_scores.shape == (120, 4)
+    assert found.neighbor_scores.dtype == torch.float32
+    assert all_figures(rows, labels, separation=False).separation is None
+    small = all_figures(rows[:3], [0, 0, 0], neighbors=10, knn=5)
+    assert small.neighbors.shape == (3, 2)
+
+
+def test_classes_of_every_size_are_ranked_alike() -> None:
+    """A query is ranked as it would be among queries of classes as large as its own."""
+    rows, _ = sample(100)
+    labels = torch.tensor([0] * 60 + [1] * 25 + [2] * 13 + [3] * 2)
+    found = all_figures(rows, labels)
+    for i in (0, 59, 60, 90, 97, 98, 99):
+        others = torch.arange(100) != i
+        alone = {"queries": rows[i : i + 1], "query_labels": labels[i : i + 1]}
+        one = mean_average_precision(rows[others], labels[others], **alone)
+        assert float(found.average_precision[i]) == pytest.approx(one, abs=1e-9)
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_half_precision_and_zero_rows_are_taken(figure: Callable[..., float]) -> None:
+    rows, labels = sample()
+    rows[3:6] = 0
+    rows, order = rows.half(), torch.arange(120).flip(0)
+    expected = figure(rows.float(), labels)
+    assert figure(rows, labels) == expected
+    assert figure(rows[order].numpy(), labels[order].numpy()) == pytest.approx(expected, abs=1e-9)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert figure(rows, labels) == expected
 
 
 def test_queries_without_another_of_their_class_are_left_out_and_counted() -> None:
     rows, _ = sample(5)
-    with pytest.warns(UserWarning, match="1 of 5 queries were left out") as caught:
-        recall_at_k(rows, [0, 0, 1, 1, 2])
-    assert len(caught) == 1
-    with pytest.raises(ValueError, match="None of the 5 queries has another item of its class"):
-        recall_at_k(rows, torch.arange(5))
+    for figure in FIGURES:
+        with pytest.warns(UserWarning, match="1 of 5 queries were left out") as caught:
+            figure(rows, [0, 0, 1, 1, 2])
+        assert len(caught) == 1
+        assert caught[0].filename == __file__
+        with pytest.raises(ValueError, match="None of the 5 queries has another item of its class"):
+            figure(rows, torch.arange(5))
     with pytest.raises(ValueError, match="None of the 1 queries"):
         mean_average_precision(rows[:1], [0])
+    with pytest.warns(UserWarning, match="1 of 5 queries were left out"):
+        found = all_figures(rows, [0, 0, 1, 1, 2])
+    assert found.queries.tolist() == [0, 1, 2, 3]
+    assert found.separation is not None
+    assert (found.separation.num_same, found.separation.num_different) == (2, 8)
 
 
 def test_wrong_arguments_are_named() -> None:
     rows, labels = sample(10)
-    with pytest.raises(ValueError, match="`k` must be at least 1, got 0"):
-        recall_at_k(rows, labels, k=0)
-    with pytest.raises(TypeError, match=r"`k` must be an integer, got 1\.5"):
-        recall_at_k(rows, labels, k=1.5)
-    with pytest.raises(ValueError, match="`queries` and `query_labels` go together"):
-        recall_at_k(rows, labels, queries=rows)
-    with pytest.raises(ValueError, match="`queries` must have embedding size 6, got 3"):
-        recall_at_k(rows, labels, queries=rows[:, :3], query_labels=labels)
-    with pytest.raises(ValueError, match="`query_labels` must have one label per row"):
-        recall_at_k(rows, labels, queries=rows, query_labels=labels[:3])
+    for figure in (recall_at_k, precision_at_k):
+        with pytest.raises(ValueError, match="`k` must be at least 1, got 0"):
+            figure(rows, labels, k=0)
+        with pytest.raises(TypeError, match=r"`k` must be an integer, got 1\.5"):
+            figure(rows, labels, k=1.5)
+    for figure in FIGURES:
+        with pytest.raises(ValueError, match="`queries` and `query_labels` go together"):
+            figure(rows, labels, queries=rows)
+        with pytest.raises(ValueError, match="`queries` must have embedding size 6, got 3"):
+            figure(rows, labels, queries=rows[:, :3], query_labels=labels)
+        with pytest.raises(ValueError, match="`query_labels` must have one label per row"):
+            figure(rows, labels, queries=rows, query_labels=labels[:3])
     with pytest.raises(ValueError, match="`k` must be at most the number of items, got 11 for 10"):
         knn_accuracy(rows, labels, rows, labels, k=11)
     with pytest.raises(ValueError, match="Turn one-hot rows into class ids"):
@@ -173,4 +352,4 @@ def test_wrong_arguments_are_named() -> None:
         knn_accuracy(rows, labels[1:], rows, labels, k=1)
     rows[3] = float("inf")
     with pytest.raises(ValueError, match="`embeddings` has NaN or infinite values in 1 of 10"):
-        recall_at_k(rows, labels)
+        retrieval.recall_at_k(rows, labels)

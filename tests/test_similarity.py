@@ -1,12 +1,17 @@
 """Similarity matrices, against torch and against scikit-learn."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 from sklearn.metrics.pairwise import cosine_similarity
+from sklearn.neighbors import NearestNeighbors
 from torch.testing import assert_close
 
-from pairclip import class_similarity_matrix, similarity_matrix
+from pairclip import class_similarity_matrix, similarity, similarity_matrix
+from pairclip.similarity import nearest_neighbors
 
 
 def random_rows(count: int, size: int = 8, seed: int = 0) -> torch.Tensor:
@@ -80,6 +85,117 @@ def test_centroids_give_the_cosine_of_class_means() -> None:
     means = torch.stack([unit[labels == c].mean(0) for c in range(3)])
     matrix, _ = class_similarity_matrix(rows, labels, reduction="centroids")
     assert_close(matrix, torch.from_numpy(cosine_similarity(means)))
+
+
+@pytest.mark.parametrize("block_size", [None, 1, 3, 17])
+def test_neighbors_are_those_of_scikit_learn(
+    block_size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(similarity, "_QUERY_ROWS", 6)
+    queries, corpus = random_rows(20), random_rows(30, seed=1)
+    oracle = NearestNeighbors(n_neighbors=5, metric="cosine").fit(corpus)
+    distances, expected = oracle.kneighbors(queries)
+    scores, rows = nearest_neighbors(queries, corpus, 5, block_size=block_size)
+    assert_close(rows, torch.from_numpy(expected))
+    assert_close(scores, torch.from_numpy(1 - distances))
+    # scikit-learn, too, leaves out each row itself where it gets no queries.
+    distances, expected = oracle.kneighbors()
+    scores, rows = nearest_neighbors(corpus.numpy(), k=5, block_size=block_size)
+    assert_close(rows, torch.from_numpy(expected))
+    assert_close(scores, torch.from_numpy(1 - distances))
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(
+    st.lists(st.sampled_from([(1.0, 0.0), (0.0, 3.0), (-1.0, 0.0), (0.0, 0.0)]), min_size=2),
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.booleans(),
+)
+def test_the_lower_of_equal_rows_comes_first_in_blocks_of_any_size(
+    rows: list[tuple[float, float]], k: int, block_size: int, own: bool
+) -> None:
+    embeddings = torch.tensor(rows)
+    k = min(k, len(rows) - own)
+    scores = torch.from_numpy(cosine_similarity(embeddings))
+    if own:
+        scores.fill_diagonal_(-torch.inf)
+    expected = scores.sort(dim=1, descending=True, stable=True)
+    corpus = None if own else embeddings
+    found, indices = nearest_neighbors(embeddings, corpus, k, block_size=block_size)
+    assert torch.equal(indices, expected.indices[:, :k])
+    assert_close(found, expected.values[:, :k])
+
+
+def test_only_the_own_row_is_left_out_not_its_duplicates() -> None:
+    rows = random_rows(6).repeat(2, 1)
+    scores, indices = nearest_neighbors(rows, k=1)
+    assert indices[:, 0].tolist() == [*range(6, 12), *range(6)]
+    assert_close(scores, torch.ones_like(scores))
+    assert nearest_neighbors(rows, k=11)[1].sort(dim=1).values[3].tolist() == [
+        i for i in range(12) if i != 3
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_neighbors_in_half_precision_are_found_in_float32(dtype: torch.dtype) -> None:
+    queries, corpus = random_rows(5).float(), random_rows(40, seed=1).to(dtype)
+    expected = nearest_neighbors(queries, corpus.float(), 3)
+    scores, indices = nearest_neighbors(queries, corpus, 3, block_size=7)
+    assert torch.equal(indices, expected[1])
+    assert_close(scores, expected[0])
+    assert scores.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(nearest_neighbors(queries, corpus, 3)[1], expected[1])
+
+
+def test_a_memory_mapped_corpus_is_read_block_by_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = random_rows(50).half().numpy()
+    rows.tofile(tmp_path / "corpus")
+    corpus = np.memmap(tmp_path / "corpus", np.float16, "r", shape=(50, 8))
+    expected = nearest_neighbors(rows[:4], rows, 3)
+    read = []
+    as_unit = similarity._checks.unit_rows
+    monkeypatch.setattr(
+        similarity._checks, "unit_rows", lambda block: read.append(len(block)) or as_unit(block)
+    )
+    scores, indices = nearest_neighbors(rows[:4], corpus, 3, block_size=20)
+    assert max(read) == 20
+    assert torch.equal(indices, expected[1])
+    assert_close(scores, expected[0])
+
+
+def test_no_queries_have_no_neighbors() -> None:
+    scores, indices = nearest_neighbors(random_rows(0), random_rows(5), 2)
+    assert scores.shape == indices.shape == (0, 2)
+
+
+def test_wrong_arguments_of_neighbors_are_named() -> None:
+    rows = random_rows(9)
+    with pytest.raises(TypeError, match="`queries` must be a tensor or a NumPy array, got list"):
+        nearest_neighbors(rows.tolist())
+    with pytest.raises(TypeError, match="`corpus` must be floating point, got int64"):
+        nearest_neighbors(rows, rows.long().numpy())
+    with pytest.raises(ValueError, match=r"`corpus` must have shape \[N, D\]"):
+        nearest_neighbors(rows, rows[0])
+    with pytest.raises(ValueError, match=r"`queries` and `corpus` must have the same.* 8 and 5"):
+        nearest_neighbors(rows, random_rows(3, 5))
+    with pytest.raises(ValueError, match="`k` must be at least 1, got 0"):
+        nearest_neighbors(rows, k=0)
+    with pytest.raises(ValueError, match="`k` must be at most the number of other rows, 8, got 9"):
+        nearest_neighbors(rows, k=9)
+    with pytest.raises(ValueError, match="`k` must be at most the number of rows of `corpus`, 9"):
+        nearest_neighbors(rows, rows, 10)
+    with pytest.raises(ValueError, match="`block_size` must be at least 1, got -1"):
+        nearest_neighbors(rows, k=1, block_size=-1)
+    bad = rows.clone()
+    bad[7, 2] = float("inf")
+    with pytest.raises(ValueError, match=r"`corpus` has NaN or inf.* 1 of the rows 4 to 7, first"):
+        nearest_neighbors(rows, bad, 1, block_size=4)
+    with pytest.raises(ValueError, match=r"`queries` has NaN or .* first in row 7"):
+        nearest_neighbors(bad, rows, 1)
 
 
 def test_wrong_arguments_are_named() -> None:

@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from pairclip import VisionTower, load_tower
+from pairclip.towers.base import Preprocess
 
 VISION = {
     "hidden_size": 32,
@@ -707,3 +708,15 @@ def test_modules_that_are_no_tower() -> None:
 def test_no_progress_bar_where_the_output_is_no_terminal(folder, tmp_path, capfd) -> None:
     load_tower(folder).save_pretrained(tmp_path / "again")
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("kind", [CLIPImageProcessor, SiglipImageProcessor])
+def test_a_batch_is_preprocessed_as_each_image_alone(kind) -> None:
+    generator = np.random.default_rng(0)
+    images = [
+        Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        for height, width in [(40, 30), (30, 40), (16, 16), (7, 90), (64, 64)] * 7
+    ]
+    preprocess = Preprocess(kind(size=kind().size))
+    for one, other in zip(preprocess.batch(images), map(preprocess, images), strict=True):
+        assert one.equal(other)

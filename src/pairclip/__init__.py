@@ -43,6 +43,10 @@ if TYPE_CHECKING:
         Finetuner as Finetuner,
         History as History,
     )
+    from pairclip.index import (
+        ImageIndex as ImageIndex,
+        Match as Match,
+    )
     from pairclip.losses import (
         AllPairsCosineLoss as AllPairsCosineLoss,
         CosinePairLoss as CosinePairLoss,
@@ -52,11 +56,22 @@ if TYPE_CHECKING:
     from pairclip.plots import (
         plot_class_similarity as plot_class_similarity,
         plot_history as plot_history,
+        plot_pair_histogram as plot_pair_histogram,
+        plot_retrieval as plot_retrieval,
         plot_similarity_matrix as plot_similarity_matrix,
     )
+    from pairclip.report import (
+        write_report as write_report,
+        write_search_report as write_search_report,
+    )
     from pairclip.retrieval import (
+        PairSeparation as PairSeparation,
         knn_accuracy as knn_accuracy,
+        map_at_r as map_at_r,
         mean_average_precision as mean_average_precision,
+        pair_separation as pair_separation,
+        precision_at_k as precision_at_k,
+        r_precision as r_precision,
         recall_at_k as recall_at_k,
     )
     from pairclip.samplers import (
@@ -65,6 +80,7 @@ if TYPE_CHECKING:
     )
     from pairclip.similarity import (
         class_similarity_matrix as class_similarity_matrix,
+        nearest_neighbors as nearest_neighbors,
         similarity_matrix as similarity_matrix,
     )
     from pairclip.towers import (
@@ -80,10 +96,15 @@ __version__ = "0.1.0"
 _EXPORTS: dict[str, tuple[str, ...]] = {
     "losses": ("AllPairsCosineLoss", "CosinePairLoss", "all_pairs_cosine_loss", "cosine_pair_loss"),
     "samplers": ("ClassBalancedSampler", "PairSampler"),
-    "similarity": ("class_similarity_matrix", "similarity_matrix"),
+    "similarity": ("class_similarity_matrix", "nearest_neighbors", "similarity_matrix"),
     "retrieval": (
+        "PairSeparation",
         "knn_accuracy",
+        "map_at_r",
         "mean_average_precision",
+        "pair_separation",
+        "precision_at_k",
+        "r_precision",
         "recall_at_k",
     ),
     "datasets": ("LabelledImages", "class_names_of", "labels_of"),
@@ -101,11 +122,15 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
         "WeightAverage",
     ),
     "finetuner": ("Finetuner", "History"),
+    "index": ("ImageIndex", "Match"),
     "plots": (
         "plot_class_similarity",
         "plot_history",
+        "plot_pair_histogram",
+        "plot_retrieval",
         "plot_similarity_matrix",
     ),
+    "report": ("write_report", "write_search_report"),
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 

@@ -6,6 +6,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from enum import IntEnum
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.utils.data import Dataset
 from pairclip import _checks
 from pairclip.datasets import LabelledImages
 from pairclip.samplers import ClassBalancedSampler, PairSampler
+from pairclip.towers.base import Preprocess
 
 
 @runtime_checkable
@@ -48,14 +50,20 @@ class TrainingItems(Dataset[tuple[Tensor, int]]):
     def __getitems__(self, keys: list[ItemKey]) -> list[tuple[Tensor, int]]:
         """The items of one batch (a `DataLoader` asks for them at once)."""
         with random_state_kept():
-            return [self[key] for key in keys]
+            if not isinstance(self.preprocess, Preprocess) or not self.preprocess.fixed:
+                return [self[key] for key in keys]
+            images, labels = zip(*map(self._read, keys), strict=True)
+        return list(zip(self.preprocess.batch(images), labels, strict=True))
 
     def __getitem__(self, key: ItemKey) -> tuple[Tensor, int]:
         """One item; it seeds the global generators of Python, NumPy and torch (CPU)."""
-        if not self.data.of_features:  # which are read as they were written: nothing is random
-            seed_all(self.seed, key.epoch, key.position)
-        image, label = self.data[key.item]
+        image, label = self._read(key)
         return self.preprocess(image), label
+
+    def _read(self, key: ItemKey) -> tuple[Any, int]:
+        if not self.data.of_features:  # which are read as they were written: nothing is random
+            seed_all(Drawn.ITEM, self.seed, key.epoch, key.position)
+        return self.data[key.item]
 
 
 class RunBatches:
@@ -119,7 +127,7 @@ class RunBatches:
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
         with random_state_kept():
-            seed_all(self.seed, epoch)
+            seed_all(Drawn.BATCHES, self.seed, epoch)
             batches = iter(self.sampler)
             state = _random_state()
         count = 0
@@ -157,6 +165,12 @@ class RunBatches:
             raise TypeError(
                 f"`sampler` must yield batches, lists of indices, got {batch!r}. Wrap a sampler "
                 "of single indices in `torch.utils.data.BatchSampler`."
+            )
+        kind = np.asarray(batch)
+        if kind.ndim != 1 or (kind.size and kind.dtype.kind not in "iu"):
+            raise TypeError(
+                f"`sampler` must yield batches, lists of indices, got one of shape "
+                f"{list(kind.shape)} and type {kind.dtype}."
             )
         if not len(batch) or min(batch) < 0 or max(batch) >= self.num_items:
             raise ValueError(
@@ -226,17 +240,25 @@ def _balanced_sampler(labels: Tensor, batch_size: int, seed: int) -> ClassBalanc
     return None
 
 
-def mixed_seed(*parts: int) -> int:
-    """One seed from several numbers; every combination gives an unrelated stream."""
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+class Drawn(IntEnum):
+    """What random numbers are for; each has a stream of its own."""
+
+    BATCHES = 1
+    ITEM = 2
+    TOWER = 3
+    LOSS = 4
+    EVALUATION = 5
 
 
-def seed_all(*parts: int) -> None:
-    """Seed the global generators of Python, NumPy and torch (CPU)."""
-    seed = mixed_seed(*parts)
+def seed_all(drawn: Drawn, *parts: int, device: torch.device | None = None) -> None:
+    """Seed the global generators of Python, NumPy and torch, on the CPU and on `device`."""
+    seed = int(np.random.SeedSequence((drawn, *parts)).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 - users' transforms, samplers and losses draw from it
+    # Not `torch.manual_seed`: it takes a millisecond, for devices that are not there.
     torch.default_generator.manual_seed(seed)
+    if device is not None and device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
 
 
 def _random_state() -> tuple[Any, Any, Tensor]:

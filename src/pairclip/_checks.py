@@ -36,8 +36,11 @@ def check_count(name: str, value: object) -> int:
     return int(value)
 
 
-def check_finite(name: str, embeddings: Tensor) -> None:
-    """Raise a ValueError that names the first row with a NaN or an infinity."""
+def check_finite(name: str, embeddings: Tensor, *, first_row: int | None = None) -> None:
+    """Raise a ValueError that names the first row with a NaN or an infinity.
+
+    A block of the rows of `name` says with `first_row` where it starts.
+    """
     # One NaN or infinity makes the sum non-finite, and a sum needs no mask of the same size;
     # a finite tensor whose sum overflows only takes the slower look below.
     if embeddings.numel() == 0 or math.isfinite(embeddings.sum(dtype=torch.float64).item()):
@@ -45,28 +48,38 @@ def check_finite(name: str, embeddings: Tensor) -> None:
     bad = ~torch.isfinite(embeddings).all(dim=1)
     count = int(bad.sum())
     if count:
-        first = int(bad.nonzero()[0, 0])
+        start = first_row or 0
+        first = start + int(bad.nonzero()[0, 0])
+        rows = f"{len(embeddings)} rows"
+        if first_row is not None:
+            rows = f"the rows {start} to {start + len(embeddings) - 1}"
         raise ValueError(
-            f"`{name}` has NaN or infinite values in {count} of {len(embeddings)} rows, first in "
-            f"row {first}. Check the images of these rows and the model that encoded them."
+            f"`{name}` has NaN or infinite values in {count} of {rows}, first in row {first}. "
+            "Check the images of these rows and the model that encoded them."
         )
+
+
+def check_embeddings(name: str, value: Any) -> None:
+    """Raise unless `value` is floating point of shape ``[N, D]``; its values are not read."""
+    if not isinstance(value, (Tensor, np.ndarray)):
+        raise TypeError(f"`{name}` must be a tensor or a NumPy array, got {type(value).__name__}.")
+    if value.ndim != 2:
+        raise ValueError(
+            f"`{name}` must have shape [N, D], one row per image, got {list(value.shape)}."
+        )
+    if not (value.is_floating_point() if isinstance(value, Tensor) else value.dtype.kind == "f"):
+        raise TypeError(f"`{name}` must be floating point, got {value.dtype}.")
 
 
 def as_embeddings(name: str, value: Any, *, finite: bool = False) -> Tensor:
     """Return `value` as a floating-point tensor of shape ``[N, D]``, or raise."""
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(_native(value))
-    if not isinstance(value, Tensor):
-        raise TypeError(f"`{name}` must be a tensor or a NumPy array, got {type(value).__name__}.")
-    if value.ndim != 2:
-        raise ValueError(
-            f"`{name}` must have shape [N, D], one row per image, got {list(value.shape)}."
-        )
-    if not value.is_floating_point():
-        raise TypeError(f"`{name}` must be floating point, got {value.dtype}.")
+    check_embeddings(name, value)
+    embeddings: Tensor = value
     if finite:
-        check_finite(name, value.detach())
-    return value
+        check_finite(name, embeddings.detach())
+    return embeddings
 
 
 def as_labels(name: str, value: Any, *, length: int | None = None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from pairclip._batches import mixed_seed, random_state_kept, seed_all
+from pairclip._batches import Drawn, random_state_kept, seed_all
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -30,11 +30,12 @@ def backward(
     pixels: Tensor,
     labels: Tensor,
     *,
+    parameters: Sequence[nn.Parameter],
     accelerator: Accelerator,
     micro_batch_size: int | None,
     seed: tuple[int, int],
 ) -> BatchResult:
-    """Accumulate the gradient of the whole batch's loss in the parameters of `model` and `loss`.
+    """Leave the gradient of the whole batch's loss in the parameters, which have none before.
 
     The loss sees the embeddings of the whole batch, so it needs no notion of processes. Its
     gradient with respect to the embeddings is then carried into the model by the surrogate
@@ -47,6 +48,7 @@ def backward(
         loss: ``loss(embeddings [B, D], labels [B])`` gives a scalar tensor.
         pixels: This process's slice of the batch, ``[b, ...]``, on any device.
         labels: Its class ids, ``[b]`` int64.
+        parameters: Those that train, of the model and of the loss.
         accelerator: Knows the processes, the precision and the gradient scaler.
         micro_batch_size: Images per piece; None encodes the slice at once.
         seed: (seed, step), from which every random number of the step follows.
@@ -55,40 +57,54 @@ def backward(
     process = accelerator.process_index
 
     def encode(number: int) -> Tensor:
-        torch.manual_seed(mixed_seed(*seed, process, number))
+        seed_all(Drawn.TOWER, *seed, process, number, device=accelerator.device)
         with accelerator.autocast():
             embeddings: Tensor = model(pieces[number].to(accelerator.device, non_blocking=True))
         return embeddings.float()
 
-    if len(pieces) == 1:
-        local = encode(0)
-        detached = local.detach()
-    else:
-        with torch.no_grad():
-            detached = torch.cat([encode(number) for number in range(len(pieces))])
-    gather: Any = accelerator.gather
-    whole: Tensor = gather(detached.contiguous()).requires_grad_()
-    whole_labels: Tensor = gather(labels.to(accelerator.device, non_blocking=True))
+    with random_state_kept():
+        if len(pieces) == 1:
+            local = encode(0)
+            detached = local.detach()
+        else:
+            with torch.no_grad():
+                detached = torch.cat([encode(number) for number in range(len(pieces))])
+        gather: Any = accelerator.gather
+        whole: Tensor = gather(detached.contiguous()).requires_grad_()
+        whole_labels: Tensor = gather(labels.to(accelerator.device, non_blocking=True))
 
-    with random_state_kept(), torch.autocast(accelerator.device.type, enabled=False):
-        seed_all(*seed)
-        torch.manual_seed(mixed_seed(*seed))
-        value = loss(whole, whole_labels)
+        seed_all(Drawn.LOSS, *seed, device=accelerator.device)
+        with torch.autocast(accelerator.device.type, enabled=False):
+            value = loss(whole, whole_labels)
         _check_loss(value)
-        # In float16 this scales once: the surrogate below carries the factor on.
-        accelerator.backward(value)
-    gradient = torch.zeros_like(whole) if whole.grad is None else whole.grad
-    mine = gradient.chunk(accelerator.num_processes)[process] * accelerator.num_processes
+        gradient = _differentiate(value, whole, parameters, accelerator.scaler)
+        mine = gradient.chunk(accelerator.num_processes)[process] * accelerator.num_processes
 
-    if len(pieces) == 1:
-        (local * mine).sum().backward()
-    else:
-        for number, of_piece in enumerate(mine.split(len(pieces[0]))):
-            last = number == len(pieces) - 1
-            # Processes add up their gradients once, when the last piece has given its own.
-            with nullcontext() if last else accelerator.no_sync(model):
-                (encode(number) * of_piece).sum().backward()
+        if len(pieces) == 1:
+            (local * mine).sum().backward()
+        else:
+            for number, of_piece in enumerate(mine.split(len(pieces[0]))):
+                last = number == len(pieces) - 1
+                # Processes add up their gradients once, when the last piece has given its own.
+                with nullcontext() if last else accelerator.no_sync(model):
+                    (encode(number) * of_piece).sum().backward()
     return BatchResult(value.detach(), whole.detach(), whole_labels, gradient)
+
+
+def _differentiate(
+    value: Tensor, embeddings: Tensor, parameters: Sequence[nn.Parameter], scaler: Any
+) -> Tensor:
+    """The gradient in the embeddings; that of the loss's own parameters is left in them.
+
+    Not by `backward`, which DDP would take for the one backward of the step if the loss looks at
+    weights of the tower. In float16 the scaler's factor is in both, and so in all that follows.
+    """
+    scaled = value if scaler is None else scaler.scale(value)
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    gradient, *own = torch.autograd.grad(scaled, [embeddings, *trained], allow_unused=True)
+    for parameter, of_parameter in zip(trained, own, strict=True):
+        parameter.grad = of_parameter
+    return torch.zeros_like(embeddings) if gradient is None else gradient
 
 
 def _check_loss(value: object) -> None:

@@ -23,7 +23,9 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if self._active:
-            self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            # What is ignored stays so: by nohup, or in a script's background job.
+            heard = [n for n in _SIGNALS if signal.getsignal(n) not in (signal.SIG_IGN, None)]
+            self._previous = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(
@@ -48,6 +50,10 @@ class StopSignals:
 
 
 def ignore_stop_signals(worker: int) -> None:
-    """Leave stopping to the main process, for the workers of a `DataLoader`."""
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    """Leave stopping to the main process, for the workers of a `DataLoader`.
+
+    The first SIGTERM is the one that the whole process group got. A second one is the main
+    process's own: it would wait forever for a worker that ignores it and hangs.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))

@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from tqdm import tqdm
 
+from pairclip._batches import Drawn, random_state_kept, seed_all
+from pairclip._interrupts import StopSignals
 from pairclip._run import Run
 from pairclip._saving import Saver
 from pairclip.callbacks import Callback, FitState
@@ -30,6 +31,7 @@ class Loop:
         evaluated: Evaluated every `eval_every` steps and after the last, if given.
         eval_every: Steps between evaluations.
         saver: Writes checkpoints, if given.
+        signals: End it after a step, if one was caught.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Loop:
         evaluated: LabelledImages | None,
         eval_every: int,
         saver: Saver | None,
+        signals: StopSignals,
     ) -> None:
         self.run = run
         self.fit = fit
@@ -50,12 +53,14 @@ class Loop:
         self.evaluated = evaluated
         self.eval_every = eval_every
         self.saver = saver
+        self.signals = signals
 
-    def train(self, batches: Iterable[tuple[Tensor, Tensor]], signals: Any) -> bool:
+    def train(self, batches: Iterable[tuple[Tensor, Tensor]]) -> bool:
         """Take the steps that are left; whether the end was reached, not a stop signal."""
         fit = self.fit
         for callback in self.callbacks:
             callback.on_fit_start(fit)
+        self._agree()
         if fit.step:
             self._settle(resumed=True)
         bar = tqdm(
@@ -70,12 +75,7 @@ class Loop:
                 record = self._step(pixels, labels)
                 bar.set_postfix(loss=f"{record['loss']:.4f}", rate=f"{record['learning_rate']:.1e}")
                 bar.update()
-                interrupted, stopped = _any_process(
-                    fit.accelerator, signals.caught is not None, fit.stop_reason is not None
-                )
-                if stopped and fit.stop_reason is None:
-                    fit.stop("a callback of another process stopped it")
-                if interrupted:
+                if self._agree():
                     self._save()
                     return False
                 self._settle()
@@ -99,6 +99,21 @@ class Loop:
             callback.on_step(fit)
         return record
 
+    def _agree(self) -> bool:
+        """Stop all processes for the reason that one has; whether one caught a stop signal."""
+        fit, accelerator = self.fit, self.fit.accelerator
+        flags = [self.signals.caught is not None, fit.stop_reason is not None]
+        if accelerator.num_processes == 1:
+            return flags[0]
+        reduce: Any = accelerator.reduce
+        caught, stopped = reduce(
+            torch.tensor(flags, dtype=torch.float32, device=accelerator.device), "sum"
+        ).tolist()
+        if stopped:
+            reasons = gather_object([fit.stop_reason])
+            fit.stop(next(reason for reason in reasons if reason is not None))
+        return bool(caught)
+
     def _over(self) -> bool:
         return self.fit.step >= self.fit.num_steps or self.fit.stop_reason is not None
 
@@ -120,7 +135,9 @@ class Loop:
         fit = self.fit
         self.run.check_weights(fit.step)
         with _averages_in_place(fit):
-            figures = evaluate(self.run.settings.tower, self.evaluated).to_dict()
+            with random_state_kept():
+                seed_all(Drawn.EVALUATION, self.run.settings.seed, fit.step)
+                figures = evaluate(self.run.settings.tower, self.evaluated).to_dict()
             plain = {k: v for k, v in figures.items() if v is None or isinstance(v, (int, float))}
             if fit.accelerator.num_processes > 1:
                 # Devices may differ in the last bit, and callbacks must decide alike.
@@ -128,6 +145,7 @@ class Loop:
             fit.evaluations.append({"step": fit.step, **plain})
             for callback in self.callbacks:
                 callback.on_evaluation(fit)
+        self._agree()
 
     def _save(self) -> None:
         if self.saver is not None:
@@ -152,13 +170,3 @@ def _copy(source: Sequence[Tensor], target: Sequence[Tensor]) -> None:
     with torch.no_grad():
         for old, new in zip(target, source, strict=True):
             old.copy_(new)
-
-
-def _any_process(accelerator: Accelerator, *flags: bool) -> list[bool]:
-    """Each flag, true if it is on any process."""
-    if accelerator.num_processes == 1:
-        return list(flags)
-    counts: Any = accelerator.reduce(
-        torch.tensor(flags, dtype=torch.float32, device=accelerator.device), "sum"
-    )
-    return [count > 0 for count in counts.tolist()]

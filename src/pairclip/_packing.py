@@ -14,8 +14,9 @@ _TENSOR, _TUPLE, _ITEMS = _MARKS = ("__tensor__", "__tuple__", "__items__")
 def pack(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
     """What JSON can hold of `value`, its tensors put into `tensors`; `where` names it in errors."""
     if isinstance(value, Tensor):
-        name = f"{len(tensors)}.{where}"
-        tensors[name] = value.detach().clone()  # two that share memory can't be written
+        name = str(len(tensors))
+        # A copy, since two that share memory can't be written.
+        tensors[name] = value.detach().to("cpu", copy=True)
         return {_TENSOR: name}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value

@@ -6,11 +6,11 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -23,6 +23,7 @@ from pairclip.samplers import PairSampler
 if TYPE_CHECKING:
     from pairclip.finetuner import Finetuner
 
+_T = TypeVar("_T", bound=Tensor)
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -42,12 +43,12 @@ class Run:
         trainable = self._trainable()
         self._check_batch_norms()
         self.model = self._on_every_process()
-        self.optimizer = accelerator.prepare(self._new_optimizer(trainable))
+        self.optimizer = self._new_optimizer(trainable)
         groups = self.optimizer.param_groups
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.peak_rates = [group["lr"] for group in groups]
         buffers = [b for module in self.modules for b in module.buffers() if b.is_floating_point()]
-        self.state = [*self.parameters, *buffers]
+        self.state = _distinct([*self.parameters, *buffers])
         # What gave the last finite loss, for when the next one isn't.
         self.good = [tensor.detach().clone() for tensor in self.state]
 
@@ -62,7 +63,7 @@ class Run:
                     "too coarse for small steps. Call `tower.float()`; `precision` then decides "
                     "what is computed in half precision."
                 )
-        return [parameter for _, parameter in named if parameter.requires_grad]
+        return _distinct([parameter for _, parameter in named if parameter.requires_grad])
 
     def _check_batch_norms(self) -> None:
         processes, pieces = self.accelerator.num_processes, self.settings.micro_batch_size
@@ -89,7 +90,10 @@ class Run:
         options = {} if handler is None else handler.to_kwargs()
         if accelerator.device.type != "cpu":
             options["device_ids"] = [accelerator.device]
-        return DistributedDataParallel(self.tower, **options)
+        model = DistributedDataParallel(self.tower, **options)
+        if handler is not None:
+            handler.register_comm_hook(model)
+        return model
 
     def _new_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         settings = self.settings
@@ -114,6 +118,7 @@ class Run:
         factor = _rate_factor(step - 1, self.num_steps, settings.warmup_ratio, settings.schedule)
         for group, peak in zip(self.optimizer.param_groups, self.peak_rates, strict=True):
             group["lr"] = peak * factor
+        self.optimizer.zero_grad()
         for module in self.modules:
             module.zero_grad()
         batch = backward(
@@ -121,12 +126,16 @@ class Run:
             self.loss,
             pixels,
             labels,
+            parameters=self.parameters,
             accelerator=accelerator,
             micro_batch_size=settings.micro_batch_size,
             seed=(settings.seed, step),
         )
-        accelerator.unscale_gradients(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.parameters, settings.max_grad_norm or math.inf)
+        scaler: Any = accelerator.scaler
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
         # One look at the device for all that the host wants to know of this step.
         watched = torch.stack(
             [
@@ -137,15 +146,25 @@ class Run:
         )
         value, total, gradient_norm = watched.tolist()
         self._check_finite(step, value, total, gradient_norm)
-        for good, tensor in zip(self.good, self.state, strict=True):
-            good.copy_(tensor.detach())
-        self.optimizer.step()
-        self.skipped_steps += bool(self.optimizer.step_was_skipped)
+        if settings.max_grad_norm is not None and not gradient_norm <= settings.max_grad_norm:
+            nn.utils.clip_grads_with_norm_(self.parameters, settings.max_grad_norm, norm)
+        self._remember()
+        if scaler is None:
+            self.optimizer.step()
+        else:
+            scaler.step(self.optimizer)
+            scale = scaler.get_scale()
+            scaler.update()
+            self.skipped_steps += scaler.get_scale() < scale
         return batch, {
             "loss": value,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "gradient_norm": gradient_norm if math.isfinite(gradient_norm) else None,
         }
+
+    def _remember(self) -> None:
+        for good, tensor in zip(self.good, self.state, strict=True):
+            good.copy_(tensor.detach())
 
     def state_dict(self) -> dict[str, Any]:
         """All that decides the next steps but the tower's weights."""
@@ -159,7 +178,7 @@ class Run:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take what `state_dict` gave."""
+        """Take what `state_dict` gave, when the tower has its weights already."""
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -167,6 +186,7 @@ class Run:
             loss: Any = self.settings.loss
             loss.load_state_dict(state["loss"])
         self.skipped_steps = state["skipped_steps"]
+        self._remember()
 
     def check_weights(self, step: int) -> None:
         """Take back a step that left a weight which isn't finite."""
@@ -220,7 +240,13 @@ class Run:
 
 def _frozen(norm: _BatchNorm) -> bool:
     parameters = list(norm.parameters())
-    return bool(parameters) and not any(p.requires_grad for p in parameters)
+    trainable = not parameters or any(p.requires_grad for p in parameters)
+    return not trainable and norm.running_mean is not None
+
+
+def _distinct(tensors: list[_T]) -> list[_T]:
+    """Each once, though a loss may hold the tower."""
+    return list({id(tensor): tensor for tensor in tensors}.values())
 
 
 def _on_batches(loss: Loss | CosinePairLoss) -> Loss:
@@ -249,13 +275,26 @@ def new_accelerator(precision: str) -> Accelerator:
     # Accelerate keeps the precision of a process's first Accelerator and refuses another one.
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()
-    accelerator = Accelerator(mixed_precision=precision)
-    check_accelerator(accelerator)
-    return accelerator
+    return Accelerator(mixed_precision=precision)
+
+
+@contextmanager
+def accelerate_state_kept() -> Iterator[None]:
+    """Leave Accelerators elsewhere their precision and accumulation, which all of them share."""
+    shared = [AcceleratorState._shared_state, GradientState._shared_state]
+    kept = [dict(state) for state in shared]
+    try:
+        yield
+    finally:
+        for state, old in zip(shared, kept, strict=True):
+            state.clear()
+            state.update(old)
 
 
 def check_accelerator(accelerator: Accelerator) -> None:
-    """Raise a ValueError if it does what the exact step can't allow."""
+    """Raise if it is none, or does what the exact step can't allow."""
+    if not isinstance(accelerator, Accelerator):
+        raise TypeError(f"`accelerator` must be an accelerate.Accelerator, got {accelerator!r}.")
     accumulated = accelerator.gradient_accumulation_steps
     if accumulated != 1:
         raise ValueError(

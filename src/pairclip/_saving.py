@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 
 from pairclip._batches import BatchSampler, ItemKey, TrainingItems
 from pairclip._run import Run
@@ -20,10 +23,11 @@ from pairclip.checkpoints import (
     copy_into,
     differences,
     newest_checkpoint,
+    remove_leftovers,
     trained_tensors,
     write_checkpoint,
 )
-from pairclip.towers.base import bytes_of
+from pairclip.towers.base import bytes_of, tower_of
 
 _SAMPLED_ITEMS = 8
 
@@ -56,7 +60,11 @@ class Saver:
         Raises:
             ValueError: If there are checkpoints and none is `wanted`, or the newest is of another
                 model, dataset or configuration.
+            OSError: If the folder can't be made.
         """
+        if self.run.accelerator.is_main_process:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.directory)
         checkpoint = self._newest()
         if checkpoint is None:
             return
@@ -73,7 +81,8 @@ class Saver:
                 f"Checkpoint '{checkpoint.folder}' is of another run: {'; '.join(different)}. "
                 "Use the same model, dataset and settings, or another `checkpoint_dir`."
             )
-        copy_into(trained_tensors(self.run.tower), checkpoint.weights())
+        weights = state["weights"] if state["weights"] is not None else checkpoint.weights()
+        copy_into(trained_tensors(self.run.tower), weights)
         self.run.load_state_dict(state["run"])
         for callback, its_state in zip(self.callbacks, state["callbacks"], strict=True):
             callback.load_state_dict(its_state)
@@ -109,7 +118,10 @@ class Saver:
             newest = fit.evaluations[-1] if fit.evaluations else {"step": 0}
             fresh = newest["step"] == fit.step
             figure = newest["mean_average_precision"] if fresh else None
+            weights = trained_tensors(run.tower)
             state = {
+                # The weights are those that were evaluated, so others are kept apart.
+                "weights": None if fit.averages is None else weights,
                 "identity": self.identity,
                 "run": run.state_dict(),
                 "callbacks": [callback.state_dict() for callback in self.callbacks],
@@ -121,7 +133,7 @@ class Saver:
                 write_checkpoint(
                     self.directory,
                     fit.step,
-                    weights=trained_tensors(run.tower),
+                    weights=weights if fit.averages is None else _averaged(weights, fit),
                     state=state,
                     figure=figure,
                     keep=self.keep,
@@ -143,9 +155,8 @@ def config_of(run: Run, sampler: BatchSampler) -> dict[str, Any]:
         "sampler": _describe(sampler),
         "batches per epoch": len(sampler),
         "steps": run.num_steps,
-        "optimizer": _describe(run.optimizer.optimizer),
+        "optimizer": type(run.optimizer).__qualname__,
         "learning_rate": run.peak_rates[0],
-        "learning_rates": str(run.peak_rates),
         "warmup_ratio": settings.warmup_ratio,
         "schedule": settings.schedule,
         "precision": run.accelerator.mixed_precision,
@@ -160,11 +171,16 @@ def identity_of(
     """What must be the same in a run that continues from a checkpoint, and a word for each."""
     tower, data = run.tower, items.data
     frozen = {name: p for name, p in tower.named_parameters() if not p.requires_grad}
-    chosen = torch.linspace(0, len(data) - 1, _SAMPLED_ITEMS).long().tolist()
+    chosen = [i * (len(data) - 1) // (_SAMPLED_ITEMS - 1) for i in range(_SAMPLED_ITEMS)]
     inputs = items.__getitems__([ItemKey(0, i, item) for i, item in enumerate(chosen)])
     return {
         "model": {
             "class": type(getattr(tower, "model", tower)).__qualname__,
+            "settings": tower_of(tower).settings(),
+            "modules": {
+                name: f"{type(module).__qualname__}({module.extra_repr()})"
+                for name, module in tower.named_modules()
+            },
             "trained weights": _digest(
                 {name: torch.tensor(t.shape) for name, t in trained_tensors(tower).items()}
             ),
@@ -178,7 +194,13 @@ def identity_of(
         },
         "configuration": {
             **config,
-            "callbacks": [type(callback).__qualname__ for callback in callbacks],
+            "parameter groups": [
+                {"parameters": len(group["params"])}
+                | {key: str(group[key]) for key in group if key not in ("params", "lr")}
+                | {"learning rate": rate}
+                for group, rate in zip(run.optimizer.param_groups, run.peak_rates, strict=True)
+            ],
+            "callbacks": [_describe(callback) for callback in callbacks],
         },
     }
 
@@ -191,23 +213,37 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _describe(thing: Callable[..., Any] | nn.Module | BatchSampler | None) -> str:
-    """Class and plain settings of a loss, a sampler or an optimizer, in words that don't change."""
-    if isinstance(thing, torch.optim.Optimizer):
-        settings: dict[str, Any] = dict(thing.defaults)
-        name = type(thing).__qualname__
-    else:
-        name = getattr(thing, "__qualname__", type(thing).__qualname__)
-        settings = dict(_settings(thing))
-    return f"{name}({', '.join(f'{key}={value}' for key, value in settings.items())})"
+def _averaged(weights: Mapping[str, Tensor], fit: FitState) -> dict[str, Tensor]:
+    averages = zip(fit.parameters, fit.averages or (), strict=True)
+    of = {id(parameter): average for parameter, average in averages}
+    return {name: of.get(id(weight), weight) for name, weight in weights.items()}
 
 
-def _settings(thing: Any) -> Iterator[tuple[str, Any]]:
-    for name, value in getattr(thing, "__dict__", {}).items():
-        # What changes as a sampler or module is used.
-        changing = name in ("training", "epoch", "batch") or name.startswith("_")
-        if isinstance(value, (bool, int, float, str, type(None))) and not changing:
+def _describe(thing: Any) -> str:
+    """Name and plain arguments of a loss, a sampler or a callback, whatever has become of it."""
+    if isinstance(thing, partial):
+        arguments = [*map(str, thing.args), *(f"{k}={v}" for k, v in thing.keywords.items())]
+        return f"partial({', '.join([_describe(thing.func), *arguments])})"
+    name = getattr(thing, "__qualname__", type(thing).__qualname__)
+    return f"{name}({', '.join(f'{key}={value}' for key, value in _arguments(thing))})"
+
+
+def _arguments(thing: Any) -> Iterator[tuple[str, Any]]:
+    """What it was made with, where it keeps that under the argument's name."""
+    try:
+        names = list(signature(type(thing)).parameters)
+    except ValueError:  # of a class that is not written in Python
+        names = []
+    for name in names:
+        # What a callback keeps for itself changes as it works; a sampler's seed does not.
+        private = None if isinstance(thing, Callback) else getattr(thing, f"_{name}", None)
+        value = getattr(thing, name, private)
+        if isinstance(value, (bool, int, float, str)):
             yield name, value
+        elif isinstance(value, torch.Generator):
+            yield name, value.initial_seed()
+        elif isinstance(value, Sampler):
+            yield name, _describe(value)
     if isinstance(thing, nn.Module):
         for name, child in thing.named_children():
             yield name, _describe(child)

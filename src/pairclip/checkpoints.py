@@ -21,15 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pairclip import _files
 from pairclip._packing import pack, unpack
 
 _FORMAT = 1
+_SHOWN = 80  # characters of a description
 _NAME = re.compile(r"step-(\d{8,})")
 _UNFINISHED = re.compile(r"\.step-\d{8,}\.[0-9a-f]{32}")
+_REPLACED = re.compile(r"\.(step-\d{8,})\.replaced")
 _WEIGHTS, _TENSORS, _STATE, _MANIFEST = (
     "weights.safetensors",
     "training.safetensors",
@@ -158,45 +160,68 @@ def write_checkpoint(
     content = pack(state, tensors, "state")
     final = directory / f"step-{step:08d}"
     unfinished = directory / f".{final.name}.{uuid.uuid4().hex}"
+    if final.exists() and not final.is_dir():
+        raise FileExistsError(f"'{final}' is not a checkpoint, and in the place of one.")
     remove_leftovers(directory)
     try:
         unfinished.mkdir(parents=True)
-        _write_tensors(unfinished / _WEIGHTS, weights)
-        _write_tensors(unfinished / _TENSORS, tensors)
+        _files.write_tensors(unfinished / _WEIGHTS, weights)
+        _files.write_tensors(unfinished / _TENSORS, tensors)
         _write_json(unfinished / _STATE, content)
         files = {
-            name: {"size": (unfinished / name).stat().st_size, "sha256": _sha256(unfinished / name)}
+            name: {"size": path.stat().st_size, "sha256": _files.sha256_of(path)}
             for name in (_WEIGHTS, _TENSORS, _STATE)
+            for path in [unfinished / name]
         }
         manifest = {"format": _FORMAT, "step": step, "figure": figure, "files": files}
-        _write_json(unfinished / _MANIFEST, manifest)
-        _flush(unfinished)
+        _write_json(unfinished / _MANIFEST, manifest | {"sha256": _checksum(manifest)})
+        _files.flush(unfinished)
         if final.exists():
-            _remove(final)
+            # Not removed before the new one is there: `remove_leftovers` brings it back.
+            os.rename(final, directory / f".{final.name}.replaced")
         os.rename(unfinished, final)
-        _flush(directory)
+        _files.flush(directory)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    _prune(directory, keep)
+    try:
+        remove_leftovers(directory)
+        _prune(directory, step, keep)
+    except OSError as error:
+        warnings.warn(f"Old checkpoints could not be removed: {error}.", stacklevel=2)
     return final
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove what writers that were killed left behind."""
-    if directory.is_dir():
-        for path in directory.iterdir():
-            if _UNFINISHED.fullmatch(path.name):
-                shutil.rmtree(path)
+    """Remove what writers that were killed left behind, or bring back what they had moved."""
+    for path in list(directory.iterdir()) if directory.is_dir() else ():
+        replaced = _REPLACED.fullmatch(path.name)
+        if replaced and not (directory / replaced[1]).exists():
+            os.rename(path, directory / replaced[1])
+        elif replaced or _UNFINISHED.fullmatch(path.name):
+            _delete(path)
 
 
 def differences(saved: Any, now: Any, name: str = "") -> Iterator[str]:
-    """Where two descriptions, nested dicts of plain values, differ; one sentence each."""
+    """Where two descriptions, nested dicts and lists of plain values, differ; a sentence each."""
+    if isinstance(saved, list) and isinstance(now, list) and len(saved) == len(now):
+        saved, now = dict(enumerate(saved)), dict(enumerate(now))
     if isinstance(saved, dict) and isinstance(now, dict):
         for key in [*saved, *(key for key in now if key not in saved)]:
             path = f"{name}.{key}" if name else str(key)
             yield from differences(saved.get(key), now.get(key), path)
     elif saved != now:
-        yield f"{name} is {_shown(saved)} there and {_shown(now)} here"
+        there, here = repr(saved), repr(now)
+        pairs = enumerate(zip(there, here, strict=False))
+        first = next((i for i, (one, other) in pairs if one != other), 0)
+        there, here = (_around(first, text) for text in (there, here))
+        yield f"{name} is {there} there and {here} here"
+
+
+def _around(place: int, text: str) -> str:
+    if len(text) <= _SHOWN:
+        return text
+    start = max(0, place - _SHOWN // 3)
+    return f"{'...' * (start > 0)}{text[start : start + _SHOWN - 3]}..."
 
 
 def trained_tensors(tower: nn.Module) -> dict[str, Tensor]:
@@ -239,68 +264,80 @@ def _folders(directory: str | os.PathLike[str]) -> list[tuple[int, Path]]:
 
 def _whole(step: int, folder: Path) -> Checkpoint | None:
     try:
-        manifest = _read_json(folder / _MANIFEST)
-        if manifest["format"] > _FORMAT:
-            raise _Newer(
-                f"Checkpoint '{folder}' has format {manifest['format']}, and this version of "
-                f"pairclip reads up to {_FORMAT}. Update pairclip."
-            )
+        manifest = _manifest(step, folder)
         for name in (_WEIGHTS, _TENSORS, _STATE):
             expected = manifest["files"][name]
             size = (folder / name).stat().st_size
             if size != expected["size"]:
                 raise ValueError(f"{name} has {size} bytes instead of {expected['size']}")
-            if _sha256(folder / name) != expected["sha256"]:
+            if _files.sha256_of(folder / name) != expected["sha256"]:
                 raise ValueError(f"{name} does not have its checksum")
         return Checkpoint(folder, step, manifest["figure"])
     except _Newer:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error) or type(error).__name__
-        warnings.warn(f"Checkpoint '{folder}' is damaged, so passed over: {reason}.", stacklevel=3)
+    except (OSError, ValueError) as error:
+        warnings.warn(f"Checkpoint '{folder}' is damaged, so passed over: {error}.", stacklevel=3)
         return None
+
+
+def _manifest(step: int, folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, as it was written; else a ValueError."""
+    try:
+        manifest = _read_json(folder / _MANIFEST)
+    except ValueError as error:
+        raise ValueError(f"{_MANIFEST} is not valid JSON ({error})") from error
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{_MANIFEST} is of type {type(manifest).__name__}")
+    version = manifest.get("format")
+    if isinstance(version, int) and version > _FORMAT:
+        raise _Newer(
+            f"Checkpoint '{folder}' has format {version}, and this version of pairclip reads up to "
+            f"{_FORMAT}. Update pairclip."
+        )
+    if manifest.pop("sha256", None) != _checksum(manifest):
+        raise ValueError(f"{_MANIFEST} does not have its checksum")
+    if manifest["step"] != step:
+        raise ValueError(f"its {_MANIFEST} is of step {manifest['step']}")
+    return manifest
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 class _Newer(ValueError):
     """A checkpoint that is whole, but of a newer format."""
 
 
-def _prune(directory: Path, keep: int) -> None:
-    folders = sorted(_folders(directory), reverse=True)
+def _prune(directory: Path, step: int, keep: int) -> None:
+    # Later ones than the step just written are damaged: they were passed over.
+    folders = sorted((n, folder) for n, folder in _folders(directory) if n <= step)[::-1]
     kept = {folder for _, folder in folders[:keep]}
-    rated = [(figure, step, folder) for step, folder in folders for figure in _figure(folder)]
+    rated = [(figure, n, folder) for n, folder in folders for figure in _figure(n, folder)]
     if rated:
         kept.add(max(rated)[2])
     for _, folder in folders:
         if folder not in kept:
-            _remove(folder)
+            # A name of its own first: a process killed here leaves no checkpoint without files.
+            doomed = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+            os.rename(folder, doomed)
+            _delete(doomed)
 
 
-def _figure(folder: Path) -> list[float]:
-    """The figure of a checkpoint that has a manifest with one."""
-    if not (folder / _MANIFEST).is_file():
-        return []
+def _figure(step: int, folder: Path) -> list[float]:
+    """The figure of a checkpoint, if it has one."""
     try:
-        figure = _read_json(folder / _MANIFEST)["figure"]
-    except (ValueError, KeyError, TypeError):
+        figure = _manifest(step, folder)["figure"]
+    except (OSError, ValueError):
         return []  # a damaged one is not the best
     return [] if figure is None else [figure]
 
 
-def _remove(folder: Path) -> None:
-    # A name of its own first: a process killed here leaves no checkpoint that lacks files.
-    doomed = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    os.rename(folder, doomed)
-    shutil.rmtree(doomed)
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        save_file(plain, path)
-    except SafetensorError as error:
-        raise OSError(f"'{path}' can't be written: {error}") from error
-    _flush(path)
+def _delete(path: Path) -> None:
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -310,29 +347,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
-    _flush(path)
+    _files.flush(path)
 
 
 def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

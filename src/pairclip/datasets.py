@@ -279,8 +279,9 @@ def path_of(dataset: Any, index: int) -> str | None:
     for name in ("samples", "imgs", "_image_files", "_images"):
         files = getattr(dataset, name, None)
         if isinstance(files, Sequence) and len(files) > index:
-            entry = files[index]
-            return str(entry[0] if isinstance(entry, tuple) else entry)
+            entry = files[index][0] if isinstance(files[index], tuple) else files[index]
+            if isinstance(entry, (str, os.PathLike)):
+                return str(entry)
     return None
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from pairclip import _checks
 from pairclip.datasets import LabelledImages
 from pairclip.towers import VisionTower
-from pairclip.towers.base import evaluating
+from pairclip.towers.base import Preprocess, evaluating
 
 
 def embed_images(
@@ -51,7 +51,7 @@ def embed_images(
     _checks.check_positive_int("batch_size", batch_size)
     if isinstance(images, (str, os.PathLike)):
         raise TypeError(f"`images` must be a dataset or a list of images, got the path {images!r}.")
-    if _are_images(images):
+    if are_images(images):
         images = (images, np.zeros(len(images), np.int64))
     pixels = Pixels(LabelledImages(images), tower.preprocess)
     loader = pixel_batches(pixels, batch_size=batch_size, num_workers=num_workers)
@@ -80,6 +80,12 @@ class Pixels(Dataset[Tensor]):
         image, _ = self.images[index]
         return self.preprocess(image)
 
+    def __getitems__(self, indices: list[int]) -> list[Tensor]:
+        """The same of several (a `DataLoader` asks for those of a batch at once)."""
+        if isinstance(self.preprocess, Preprocess):
+            return self.preprocess.batch([self.images[index][0] for index in indices])
+        return [self[index] for index in indices]
+
 
 def pixel_batches(pixels: Pixels, *, batch_size: int, num_workers: int) -> DataLoader[Tensor]:
     """All items in order, in batches; no random generator is touched."""
@@ -91,7 +97,8 @@ def pixel_batches(pixels: Pixels, *, batch_size: int, num_workers: int) -> DataL
     )
 
 
-def _are_images(images: Any) -> bool:
+def are_images(images: Any) -> bool:
+    """Whether these are images alone, not a labelled dataset."""
     if isinstance(images, Sequence) and not isinstance(images, tuple):
         return not len(images) or not isinstance(images[0], (tuple, list))
     return hasattr(images, "ndim") and images.ndim == 4

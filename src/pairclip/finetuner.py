@@ -25,7 +25,13 @@ from pairclip._batches import (
 from pairclip._exact_step import Loss
 from pairclip._interrupts import StopSignals, ignore_stop_signals
 from pairclip._loop import Loop
-from pairclip._run import OptimizerFactory, Run, check_accelerator, new_accelerator
+from pairclip._run import (
+    OptimizerFactory,
+    Run,
+    accelerate_state_kept,
+    check_accelerator,
+    new_accelerator,
+)
 from pairclip._saving import Saver, config_of, identity_of
 from pairclip.callbacks import Callback, FitState
 from pairclip.datasets import LabelledImages
@@ -35,6 +41,7 @@ from pairclip.towers.base import tower_of
 
 _LEARNING_RATE = 1e-5
 _BATCH_SIZE = 128
+_KEEP = 2
 
 
 @dataclass
@@ -182,6 +189,8 @@ class Finetuner:
                     f"`precision` {precision!r} would be ignored: `accelerator` decides, and has "
                     f"{accelerator.mixed_precision!r}."
                 )
+        if isinstance(callbacks, Callback):
+            raise TypeError(f"`callbacks` must be a list, got {callbacks!r}. Put it into one.")
         callbacks = list(callbacks)
         for callback in callbacks:
             if not isinstance(callback, Callback) or isinstance(callback, type):
@@ -203,6 +212,7 @@ class Finetuner:
         self.callbacks = callbacks
         self.seed = _checks.check_count("seed", seed)
 
+    @accelerate_state_kept()
     def fit(
         self,
         dataset: Any,
@@ -215,7 +225,7 @@ class Finetuner:
         eval_every: int | None = None,
         checkpoint_dir: str | os.PathLike[str] | None = None,
         checkpoint_every: int | None = None,
-        keep_checkpoints: int = 2,
+        keep_checkpoints: int = _KEEP,
         resume: bool = False,
         num_workers: int = 0,
     ) -> History:
@@ -257,6 +267,11 @@ class Finetuner:
         _check_every("eval", eval_every, "dataset", eval_dataset)
         _check_every("checkpoint", checkpoint_every, "dir", checkpoint_dir)
         _checks.check_positive_int("keep_checkpoints", keep_checkpoints)
+        if keep_checkpoints != _KEEP and checkpoint_dir is None:
+            raise ValueError(
+                f"`keep_checkpoints` {keep_checkpoints} would be ignored: there is no "
+                "`checkpoint_dir`."
+            )
         if resume and checkpoint_dir is None:
             raise ValueError("`resume` needs a `checkpoint_dir` to resume from.")
         data = LabelledImages(dataset)
@@ -270,6 +285,7 @@ class Finetuner:
                 raise ValueError(f"`batch_size` {batch_size} would be ignored: `sampler` decides.")
         num_steps = epochs * len(sampler) if max_steps is None else max_steps
         accelerator = self.accelerator or new_accelerator(self.precision)
+        check_accelerator(accelerator)
         run = Run(self, accelerator, num_steps)
         items = TrainingItems(data, tower_of(self.tower).preprocess, seed=self.seed)
         history = History()
@@ -310,6 +326,7 @@ class Finetuner:
             worker_init_fn=None if saver is None else ignore_stop_signals,
             generator=torch.Generator().manual_seed(self.seed),
         )
+        signals = StopSignals(active=saver is not None)
         loop = Loop(
             run,
             fit,
@@ -318,9 +335,10 @@ class Finetuner:
             evaluated=evaluated,
             eval_every=eval_every or len(sampler),
             saver=saver,
+            signals=signals,
         )
-        with run.training(), StopSignals(active=saver is not None) as signals:
-            ended = loop.train(loader, signals)
+        with run.training(), signals:
+            ended = loop.train(loader)
         history.skipped_steps, history.stop_reason = run.skipped_steps, fit.stop_reason
         if not ended or signals.caught is not None:
             signals.obey()

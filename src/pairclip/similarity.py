@@ -11,6 +11,9 @@ from torch import Tensor
 
 from pairclip import _checks
 
+# Rows compared at once by `nearest_neighbors`: 32 MiB of similarities.
+_QUERY_ROWS, _CORPUS_ROWS = 1024, 8192
+
 Embeddings = Tensor | npt.NDArray[Any]
 
 
@@ -78,6 +81,98 @@ def similarity_matrix(
     return out
 
 
+def nearest_neighbors(
+    queries: Embeddings,
+    corpus: Embeddings | None = None,
+    k: int = 10,
+    *,
+    block_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The k most similar rows of a corpus for each query, exactly.
+
+    Neither set is copied as a whole: a corpus of half precision, or a `numpy.memmap`, takes the
+    memory of one block at a time.
+
+    Args:
+        queries: Shape ``[N, D]``, floating point, any length.
+        corpus: Shape ``[M, D]``; None searches `queries` for each other, each without its own
+            row (but not without its duplicates).
+        k: Rows to find, at most M, or N - 1 without a corpus.
+        block_size: Rows of the corpus compared at once; None picks.
+
+    Returns:
+        Cosines in ``[-1, 1]``, descending, and the rows of the corpus that have them, int64, both
+        ``[N, k]``. Among equals the lower row comes first. Tensors on the device of `queries`;
+        float32 (float64 for float64 queries).
+
+    Raises:
+        ValueError: If shapes don't fit, an embedding is not finite or `k` is out of range.
+        TypeError: If an argument is of the wrong kind.
+
+    Example:
+        >>> import torch
+        >>> from pairclip.similarity import nearest_neighbors
+        >>> corpus = torch.tensor([[1.0, 0.0], [3.0, 4.0], [0.0, 1.0]])
+        >>> scores, rows = nearest_neighbors(torch.tensor([[0.0, 2.0]]), corpus, 2)
+        >>> scores
+        tensor([[1.0000, 0.8000]])
+        >>> rows
+        tensor([[2, 1]])
+    """
+    _checks.check_embeddings("queries", queries)
+    own = corpus is None
+    searched = queries if corpus is None else corpus
+    if not own:
+        _checks.check_embeddings("corpus", searched)
+        if searched.shape[1] != queries.shape[1]:
+            raise ValueError(
+                f"`queries` and `corpus` must have the same embedding size, got "
+                f"{queries.shape[1]} and {searched.shape[1]}."
+            )
+    _checks.check_positive_int("k", k)
+    if k > len(searched) - own:
+        raise ValueError(
+            f"`k` must be at most the number of {'other rows' if own else 'rows of `corpus`'}, "
+            f"{len(searched) - own}, got {k}."
+        )
+    block_size = _CORPUS_ROWS if block_size is None else block_size
+    _checks.check_positive_int("block_size", block_size)
+    device = queries.device if isinstance(queries, Tensor) else torch.device("cpu")
+    precise = queries.dtype in (torch.float64, np.float64)
+    options: dict[str, Any] = {
+        "device": device,
+        "dtype": torch.float64 if precise else torch.float32,
+    }
+    best = torch.full((len(queries), k), -torch.inf, **options)
+    rows = torch.zeros(len(queries), k, dtype=torch.int64, device=device)
+    buffer = torch.empty(_QUERY_ROWS, min(block_size, len(searched)), **options)
+    for first in range(0, len(searched), block_size):
+        block = _unit_block("corpus", searched, first, block_size, options)
+        for start in range(0, len(queries), _QUERY_ROWS):
+            part = slice(start, start + _QUERY_ROWS)
+            unit = _unit_block("queries", queries, start, _QUERY_ROWS, options)
+            with torch.autocast(device.type, enabled=False):
+                scores = torch.mm(unit, block.T, out=buffer[: len(unit), : len(block)])
+            if own:
+                # The diagonal of the whole matrix runs through these places, or past the block.
+                scores.diagonal(start - first).fill_(-torch.inf)
+            new, columns = highest(scores, min(k, len(block)))
+            best[part], places = highest(torch.cat([best[part], new], dim=1), k)
+            rows[part] = torch.cat([rows[part], columns + first], dim=1).gather(1, places)
+    return best.clamp_(-1, 1), rows
+
+
+def _unit_block(
+    name: str, source: Embeddings, start: int, size: int, options: dict[str, Any]
+) -> Tensor:
+    rows = source[start : start + size]
+    if not isinstance(rows, Tensor):
+        rows = torch.from_numpy(np.array(rows, dtype=rows.dtype.newbyteorder("=")))
+    rows = rows.detach().to(**options)
+    _checks.check_finite(name, rows, first_row=start)
+    return _checks.unit_rows(rows)
+
+
 def class_similarity_matrix(
     embeddings: Embeddings,
     labels: Any,
@@ -114,19 +209,40 @@ def class_similarity_matrix(
     rows = _checks.unit_rows(_checks.as_embeddings("embeddings", embeddings, finite=True))
     labels = _checks.as_labels("labels", labels, length=len(rows)).to(rows.device)
     classes, of_row, counts = labels.unique(return_inverse=True, return_counts=True)
-    sums = torch.zeros(len(classes), rows.shape[1], dtype=torch.float64, device=rows.device)
-    # In pieces, so that the float64 copy of the rows stays small.
-    for piece, its_classes in zip(rows.split(8192), of_row.split(8192), strict=True):
-        sums.index_add_(0, its_classes, piece.double())
+    sums, own = class_sums(rows, of_row, len(classes))
     if reduction == "centroids":
         unit = _checks.unit_rows(sums)
         return (unit @ unit.T).clamp_(-1, 1), classes
     totals = sums @ sums.T
     pairs = (counts[:, None] * counts).double()
-    own = torch.zeros_like(sums[:, 0]).index_add_(
-        0, of_row, rows.square().sum(dim=1, dtype=torch.float64)
-    )
     totals.diagonal().sub_(own)
     pairs.diagonal().sub_(counts)
     # Rounding may leave a lone item's total other than 0, so 0 / 0 is not relied on.
     return (totals / pairs).clamp_(-1, 1).where(pairs > 0, torch.nan), classes
+
+
+def class_sums(rows: Tensor, classes: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Sum of the rows of each class, float64 ``[C, D]``, and of their squared lengths, ``[C]``."""
+    sums = torch.zeros(num_classes, rows.shape[1], dtype=torch.float64, device=rows.device)
+    squares = torch.zeros_like(sums[:, 0])
+    # In pieces, so that the float64 copy of the rows stays small.
+    for piece, its_classes in zip(rows.split(8192), classes.split(8192), strict=True):
+        exact = piece.double()
+        sums.index_add_(0, its_classes, exact)
+        squares.index_add_(0, its_classes, exact.square().sum(dim=1))
+    return sums, squares
+
+
+def highest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k highest scores of each row, descending, and their columns; lower columns tie first."""
+    values, columns = scores.topk(min(k + 1, scores.shape[1]), dim=1)
+    if values.shape[1] > k:
+        # Which of equal scores are taken is left open by `topk`.
+        cut = values[:, k] == values[:, k - 1]
+        values, columns = values[:, :k], columns[:, :k]
+        if cut.any():
+            ordered = scores[cut].sort(dim=1, descending=True, stable=True)
+            columns[cut] = ordered.indices[:, :k]
+    columns = columns.sort(dim=1).values
+    values, order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True)
+    return values, columns.gather(1, order)

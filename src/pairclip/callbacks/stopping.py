@@ -63,7 +63,7 @@ class EarlyStopping(Callback):
     def on_evaluation(self, fit: FitState) -> None:
         """Keep the weights if they are the best so far; stop when they haven't been for long."""
         value = fit.evaluations[-1].get(self.figure)
-        if not isinstance(value, float):
+        if not isinstance(value, float) or math.isnan(value):
             names = [key for key, other in fit.evaluations[-1].items() if isinstance(other, float)]
             raise ValueError(
                 f"`figure` must be a figure of the evaluation, got {self.figure!r}, which is "

@@ -38,6 +38,11 @@ class Tracker(Callback):
         every: int = 1,
     ) -> None:
         _checks.check_positive_int("every", every)
+        if tracker == "all":
+            raise ValueError("`tracker` must be one, got 'all'. Use a `Tracker` for each.")
+        needs = getattr(LOGGER_TYPE_TO_CLASS.get(str(tracker)), "requires_logging_directory", False)
+        if needs and folder is None:
+            raise ValueError(f"`tracker` {tracker!r} writes files, so it needs a `folder`.")
         try:
             found = filter_trackers([tracker], folder)
         except ValueError as error:
@@ -56,12 +61,14 @@ class Tracker(Callback):
         if not isinstance(self.chosen, GeneralTracker):
             kind: Any = LOGGER_TYPE_TO_CLASS[str(self.chosen)]
             options: dict[str, Any] = {}
-            if self.chosen == "tensorboard" and fit.step:
-                # What was logged after the checkpoint that a fit resumes from happens again.
+            if str(self.chosen) == "tensorboard":
+                # What was logged after the checkpoint that a fit resumes from happens again, and
+                # all of it where there was none yet.
                 options["purge_step"] = fit.step + 1
             where = [self.folder] if kind.requires_logging_directory else []
             self.tracker = kind(self.run_name, *where, **options)
-        self.tracker.start()
+        if hasattr(self.tracker, "start"):  # older Accelerates start them when they are made
+            self.tracker.start()
         self.tracker.store_init_configuration(
             {key: value for key, value in fit.config.items() if value is not None}
         )

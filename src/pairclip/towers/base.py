@@ -17,31 +17,55 @@ from transformers import ImageProcessingMixin
 
 from pairclip.towers import adapters, freezing
 
+_AT_ONCE = 16
+
 
 class Preprocess:
     """One PIL image of any mode -> the pixel values ``[3, H, W]`` that a tower takes.
 
     An object of its own, so that workers of a `DataLoader` get it without the tower's weights.
+
+    Attributes:
+        fixed: Whether it is an image processor of `transformers`, which draws nothing at random
+            and takes several images at once.
     """
 
     def __init__(self, transform: Callable[..., Any]) -> None:
         self.transform = transform
+        self.fixed = isinstance(transform, ImageProcessingMixin)
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Convert to RGB and do what the image processor does, value by value."""
+        image = self._rgb(image)
+        pixel_values: Tensor
+        if self.fixed:
+            pixel_values = self.transform(images=image, return_tensors="pt")["pixel_values"][0]
+        else:
+            pixel_values = self.transform(image)
+        return pixel_values
+
+    def batch(self, images: Sequence[Image.Image]) -> list[Tensor]:
+        """The pixel values of each image, value by value those of a call for each."""
+        if not self.fixed:
+            return [self(image) for image in images]
+        rgb = [self._rgb(image) for image in images]
+        # A call has a price of its own, and large images of a long list fall out of the cache.
+        pieces = [rgb[i : i + _AT_ONCE] for i in range(0, len(rgb), _AT_ONCE)]
+        return [
+            pixel_values
+            for piece in pieces
+            for pixel_values in self.transform(images=piece, return_tensors="pt")["pixel_values"]
+        ]
+
+    @staticmethod
+    def _rgb(image: Image.Image) -> Image.Image:
         if not isinstance(image, Image.Image):
             raise TypeError(
                 f"`image` must be one PIL image, got {type(image).__name__}. "
                 "Make one with `PIL.Image.fromarray` or `PIL.Image.open`; cached features go to "
                 "the head of `tower.split(k)`."
             )
-        image = image.convert("RGB")
-        pixel_values: Tensor
-        if isinstance(self.transform, ImageProcessingMixin):
-            pixel_values = self.transform(images=image, return_tensors="pt")["pixel_values"][0]
-        else:
-            pixel_values = self.transform(image)
-        return pixel_values
+        return image if image.mode == "RGB" else image.convert("RGB")
 
 
 class VisionTower(nn.Module):
@@ -210,7 +234,7 @@ class VisionTower(nn.Module):
             >>> len(tower.fingerprint())
             64
         """
-        digest = hashlib.sha256(self._settings().encode())
+        digest = hashlib.sha256(self.settings().encode())
         for name, value in sorted(self._merged_weights().items()):
             digest.update(f"\n{name} {value.dtype} {list(value.shape)}\n".encode())
             digest.update(bytes_of(value))
@@ -234,7 +258,7 @@ class VisionTower(nn.Module):
             "towers have it. Save this one with `safetensors.torch.save_model(tower, path)`."
         )
 
-    def _settings(self) -> str:
+    def settings(self) -> str:
         """What decides an embedding beside the weights."""
         return _description(self.preprocess)
 

@@ -205,10 +205,11 @@ class PretrainedTower(VisionTower):
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
 
-    def _settings(self) -> str:
+    def settings(self) -> str:
+        """What decides an embedding beside the weights, as text."""
         config = self._vision().config
         kept = {name: getattr(config, name) for name in _SETTINGS}
-        return f"{kept} {super()._settings()}"
+        return f"{kept} {super().settings()}"
 
     def _trainable_blocks(self) -> str:
         blocks = self.blocks

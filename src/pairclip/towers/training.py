@@ -132,10 +132,10 @@ def interpolate(base: VisionTower, tuned: VisionTower, alpha: float) -> VisionTo
     base, tuned = tower_of(base), tower_of(tuned)
     own, other = base._merged_weights(), tuned._merged_weights()
     _check_same_architecture(own, other)
-    if base._settings() != tuned._settings():
+    if base.settings() != tuned.settings():
         raise ValueError(
             "`base` and `tuned` have different settings or preprocess images differently, so no "
-            f"blend fits both: {base._settings()} and {tuned._settings()}."
+            f"blend fits both: {base.settings()} and {tuned.settings()}."
         )
     blend = copy.copy(base)
     blend._modules = {"model": copy.deepcopy(adapters.merged(base.model))}

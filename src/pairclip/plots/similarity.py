@@ -1,4 +1,4 @@
-"""Pictures of similarities and of training (needs matplotlib: ``pip install pairclip[plot]``)."""
+"""Heatmaps: similarities of images and of classes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from pairclip import _checks
+from pairclip._class_order import similarity_order
 from pairclip.datasets import as_rgb
 from pairclip.evaluation import Evaluation
-from pairclip.finetuner import History
+from pairclip.plots._drawing import new_figure, saved, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,7 +68,7 @@ def plot_similarity_matrix(
     cell = 0.8
     left, top, right, bottom = 1.3, 1.0 + (0.45 if title else 0), 1.1, 0.25
     size = cell * count
-    figure = _new_figure(left + size + right, top + size + bottom)
+    figure = new_figure(left + size + right, top + size + bottom)
     width, height = figure.get_size_inches()
     axes = figure.add_axes((left / width, bottom / height, size / width, size / height))
     drawn = _draw_cells(axes, values, digits=2)
@@ -85,7 +87,7 @@ def plot_similarity_matrix(
             figure.text(
                 (across + side / 2) / width,
                 (bottom + size + 0.12 + side) / height,
-                _shortened(names[number], 12),
+                shortened(names[number], 12),
                 ha="center",
                 va="bottom",
                 size=7,
@@ -97,12 +99,13 @@ def plot_similarity_matrix(
     _color_bar(figure, drawn, bar)
     if title:
         figure.text(0.5, 1 - 0.1 / height, title, ha="center", va="top", size=11, parse_math=False)
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def plot_class_similarity(
     evaluation: Evaluation,
     *,
+    order: Literal["similarity", "given"] | Evaluation = "similarity",
     title: str | None = None,
     path: str | os.PathLike[str] | None = None,
 ) -> Figure:
@@ -113,6 +116,10 @@ def plot_class_similarity(
 
     Args:
         evaluation: Holds the class similarities and names.
+        order: ``"similarity"`` has like classes stand together, in the order of an average
+            linkage dendrogram of ``1 - similarity``; ``"given"`` leaves them as they are. Another
+            evaluation of the same classes lends the order that it has by similarity: pass the one
+            from before, and two pictures compare.
         title: Written above.
         path: File to save the picture to; its ending is the format.
 
@@ -120,7 +127,12 @@ def plot_class_similarity(
         The figure.
 
     Raises:
+        ValueError: If `order` is unknown, or of an evaluation of other classes.
         ImportError: If matplotlib is not installed.
+
+    References:
+        Bar-Joseph, Gifford and Jaakkola 2001, "Fast optimal leaf ordering for hierarchical
+        clustering", for which way the branches turn.
 
     Example:
         >>> import torch
@@ -130,96 +142,40 @@ def plot_class_similarity(
         >>> figure.axes[0].get_title()
         'before'
     """
-    values = evaluation.class_similarity
+    places = _order(evaluation, order)
+    values = evaluation.class_similarity[np.ix_(places, places)]
     count = len(values)
     cell = 0.55 if count <= _MOST_FIGURES else 16 / count
     size = max(2.5, cell * count)
-    figure = _new_figure(size + 2.6, size + 1.9, layout="compressed")
+    figure = new_figure(size + 2.6, size + 1.9, layout="compressed")
     axes = figure.add_subplot()
     drawn = _draw_cells(axes, values, digits=2 if count <= _MOST_FIGURES else None)
     if cell >= 0.12:
-        names = [_shortened(name, 18) for name in evaluation.class_names]
+        names = [shortened(evaluation.class_names[place], 18) for place in places]
         text_size = min(_TEXT_SIZE, 60 * cell)
         axes.set_xticks(range(count), names, rotation=90, size=text_size, parse_math=False)
         axes.set_yticks(range(count), names, size=text_size, parse_math=False)
     if title:
         axes.set_title(title, size=11, parse_math=False)
     _color_bar(figure, drawn, None)
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
-def plot_history(
-    history: History, *, title: str | None = None, path: str | os.PathLike[str] | None = None
-) -> Figure:
-    """Draw the loss of each step, and the figures of the evaluations between.
-
-    Args:
-        history: What `Finetuner.fit` returned.
-        title: Written above.
-        path: File to save the picture to; its ending is the format.
-
-    Returns:
-        The figure.
-
-    Raises:
-        ValueError: If the history has no step.
-        ImportError: If matplotlib is not installed.
-
-    Example:
-        >>> from pairclip import History, plot_history
-        >>> history = History(steps=[{"step": 1, "loss": 0.5, "learning_rate": 1e-5}])
-        >>> len(plot_history(history).axes)
-        2
-    """
-    if not history.steps:
-        raise ValueError("`history` must have at least one step to draw, got none.")
-    evaluated = bool(history.evaluations)
-    figure = _new_figure(7.5, 7.5 if evaluated else 5.5, layout="constrained")
-    rows = figure.subplots(
-        3 if evaluated else 2, 1, sharex=True, height_ratios=[3, 3, 1] if evaluated else [3, 1]
-    )
-    steps = [record["step"] for record in history.steps]
-    losses = np.array([record["loss"] for record in history.steps], float)
-    many = len(steps) > 50
-    rows[0].plot(steps, losses, color="0.7" if many else "C0", linewidth=1, marker=_marker(steps))
-    if many:
-        window = len(steps) // 25
-        smooth = np.convolve(losses, np.full(window, 1 / window), mode="valid")
-        rows[0].plot(steps[window - 1 :], smooth, color="C0", label=f"mean of {window} steps")
-        rows[0].legend(frameon=False)
-    rows[0].set_ylabel("loss")
-    if evaluated:
-        shown = {"recall_at_1": "recall at 1", "mean_average_precision": "mAP", "gap": "gap"}
-        at = [record["step"] for record in history.evaluations]
-        for key, label in shown.items():
-            figures = [record[key] for record in history.evaluations]
-            rows[1].plot(at, figures, marker="o", markersize=4, label=label)
-        rows[1].set_ylabel("held-out images")
-        rows[1].legend(frameon=False)
-    rates = [record["learning_rate"] for record in history.steps]
-    rows[-1].plot(steps, rates, color="C2", marker=_marker(steps))
-    rows[-1].set_ylabel("learning rate")
-    rows[-1].set_ylim(bottom=0)
-    rows[-1].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    rows[-1].set_xlabel("step")
-    for axes in rows:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="0.92")
-    if title:
-        rows[0].set_title(title, size=11, parse_math=False)
-    return _saved(figure, path)
-
-
-def _new_figure(
-    width: float, height: float, layout: Literal["constrained", "compressed"] | None = None
-) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "Plots need matplotlib, which is not installed: pip install pairclip[plot]"
-        ) from error
-    return Figure(figsize=(width, height), dpi=150, layout=layout)
+def _order(
+    evaluation: Evaluation, order: Literal["similarity", "given"] | Evaluation
+) -> npt.NDArray[np.int64]:
+    if isinstance(order, Evaluation):
+        if order.class_names != evaluation.class_names:
+            raise ValueError(
+                "`order` must be an evaluation of the same classes, got "
+                f"{len(order.class_names)} classes for {len(evaluation.class_names)}, or other "
+                "names."
+            )
+        return similarity_order(order.class_similarity)
+    _checks.check_choice("order", order, ("similarity", "given"))
+    if order == "given":
+        return np.arange(len(evaluation.class_names))
+    return similarity_order(evaluation.class_similarity)
 
 
 def _draw_cells(axes: Axes, values: npt.NDArray[Any], digits: int | None) -> Any:
@@ -270,18 +226,3 @@ def _square(
 def _check_names(names: Sequence[str] | None, count: int) -> None:
     if names is not None and len(names) != count:
         raise ValueError(f"`names` must have one name per image, got {len(names)} for {count}.")
-
-
-def _shortened(name: str, length: int) -> str:
-    name = " ".join(str(name).split())
-    return name if len(name) <= length else name[: length - 1] + "…"
-
-
-def _marker(steps: list[Any]) -> str:
-    return "o" if len(steps) == 1 else ""
-
-
-def _saved(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
-    if path is not None:
-        figure.savefig(path)
-    return figure

@@ -1,0 +1,80 @@
+"""A picture of training."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pairclip.finetuner import History
+from pairclip.plots._drawing import new_figure, saved
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def plot_history(
+    history: History, *, title: str | None = None, path: str | os.PathLike[str] | None = None
+) -> Figure:
+    """Draw the loss of each step, and the figures of the evaluations between.
+
+    Args:
+        history: What `Finetuner.fit` returned.
+        title: Written above.
+        path: File to save the picture to; its ending is the format.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: If the history has no step.
+        ImportError: If matplotlib is not installed.
+
+    Example:
+        >>> from pairclip import History, plot_history
+        >>> history = History(steps=[{"step": 1, "loss": 0.5, "learning_rate": 1e-5}])
+        >>> len(plot_history(history).axes)
+        2
+    """
+    if not history.steps:
+        raise ValueError("`history` must have at least one step to draw, got none.")
+    evaluated = bool(history.evaluations)
+    figure = new_figure(7.5, 7.5 if evaluated else 5.5, layout="constrained")
+    rows = figure.subplots(
+        3 if evaluated else 2, 1, sharex=True, height_ratios=[3, 3, 1] if evaluated else [3, 1]
+    )
+    steps = [record["step"] for record in history.steps]
+    losses = np.array([record["loss"] for record in history.steps], float)
+    many = len(steps) > 50
+    rows[0].plot(steps, losses, color="0.7" if many else "C0", linewidth=1, marker=_marker(steps))
+    if many:
+        window = len(steps) // 25
+        smooth = np.convolve(losses, np.full(window, 1 / window), mode="valid")
+        rows[0].plot(steps[window - 1 :], smooth, color="C0", label=f"mean of {window} steps")
+        rows[0].legend(frameon=False)
+    rows[0].set_ylabel("loss")
+    if evaluated:
+        shown = {"recall_at_1": "recall at 1", "mean_average_precision": "mAP", "gap": "gap"}
+        at = [record["step"] for record in history.evaluations]
+        for key, label in shown.items():
+            figures = [record[key] for record in history.evaluations]
+            rows[1].plot(at, figures, marker="o", markersize=4, label=label)
+        rows[1].set_ylabel("held-out images")
+        rows[1].legend(frameon=False)
+    rates = [record["learning_rate"] for record in history.steps]
+    rows[-1].plot(steps, rates, color="C2", marker=_marker(steps))
+    rows[-1].set_ylabel("learning rate")
+    rows[-1].set_ylim(bottom=0)
+    rows[-1].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    rows[-1].set_xlabel("step")
+    for axes in rows:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="0.92")
+    if title:
+        rows[0].set_title(title, size=11, parse_math=False)
+    return saved(figure, path)
+
+
+def _marker(steps: list[Any]) -> str:
+    return "o" if len(steps) == 1 else ""

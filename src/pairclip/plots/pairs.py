@@ -1,0 +1,95 @@
+"""Histograms of the similarities of pairs."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pairclip._pictured import pair_range
+from pairclip.evaluation import Evaluation
+from pairclip.plots._drawing import DIFFERENT_COLOR, SAME_COLOR, new_figure, saved
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def plot_pair_histogram(
+    before: Evaluation,
+    after: Evaluation | None = None,
+    *,
+    title: str | None = None,
+    path: str | os.PathLike[str] | None = None,
+) -> Figure:
+    """Draw how similar the pairs of one class and of different classes are.
+
+    Each kind of pair is drawn as a density, so that the many pairs of different classes don't
+    hide the few of one class. Both panels have the same axes.
+
+    Args:
+        before: The evaluation to draw.
+        after: Drawn below `before`, if there are two to compare.
+        title: Written above.
+        path: File to save the picture to; its ending is the format.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+
+    Example:
+        >>> import torch
+        >>> from pairclip import evaluate_embeddings
+        >>> from pairclip.plots import plot_pair_histogram
+        >>> before = evaluate_embeddings(torch.eye(4), torch.tensor([0, 0, 1, 1]))
+        >>> len(plot_pair_histogram(before, before).axes)
+        2
+    """
+    shown = {"before": before} if after is None else {"before": before, "after": after}
+    figure = new_figure(7.5, 2.2 + 2.3 * len(shown), layout="constrained")
+    panels = figure.subplots(len(shown), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    for axes, (when, evaluation) in zip(panels, shown.items(), strict=True):
+        _draw(axes, evaluation)
+        if after is not None:
+            axes.set_title(when, loc="left", size=10)
+    low, high = pair_range(*shown.values())
+    panels[0].set_xlim(low, high)
+    panels[0].set_ylim(bottom=0)
+    panels[0].legend(frameon=False)
+    panels[-1].set_xlabel("cosine similarity of two images")
+    if title:
+        figure.suptitle(title, size=11, parse_math=False)
+    return saved(figure, path)
+
+
+def _draw(axes: Axes, evaluation: Evaluation) -> None:
+    histogram = evaluation.histogram
+    for label, counts, color, line in [
+        ("same class", histogram.same, SAME_COLOR, "-"),
+        ("different classes", histogram.different, DIFFERENT_COLOR, "--"),
+    ]:
+        if not counts.sum():
+            continue
+        density = counts / (counts.sum() * np.diff(histogram.edges))
+        axes.stairs(density, histogram.edges, fill=True, color=color, alpha=0.25)
+        axes.stairs(
+            density, histogram.edges, color=color, linewidth=1.4, linestyle=line, label=label
+        )
+    threshold = evaluation.best_threshold
+    if not math.isnan(threshold):
+        axes.axvline(threshold, color="0.25", linewidth=1, linestyle=":")
+        axes.text(
+            threshold,
+            0.98,
+            f" best threshold {threshold:.2f}",
+            transform=axes.get_xaxis_transform(),
+            va="top",
+            size=8,
+            color="0.25",
+        )
+    axes.set_ylabel("density of pairs")
+    axes.spines[["top", "right"]].set_visible(False)

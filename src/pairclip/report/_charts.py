@@ -1,0 +1,203 @@
+"""Line drawings as SVG, coloured by the page's style."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from pairclip._figures import shown
+from pairclip._pictured import pair_range
+from pairclip.evaluation import Evaluation
+from pairclip.finetuner import History
+from pairclip.report._html import Html, element, joined, scrolling
+
+_WIDTH, _HEIGHT = 420, 200
+_LEFT, _RIGHT, _TOP, _BOTTOM = 40, 12, 10, 36
+_MOST_POINTS = 400
+
+
+class _Frame(NamedTuple):
+    """From values to places in the drawing."""
+
+    x: tuple[float, float]
+    y: tuple[float, float]
+
+    def across(self, x: float) -> float:
+        return _LEFT + (x - self.x[0]) / (self.x[1] - self.x[0]) * (_WIDTH - _LEFT - _RIGHT)
+
+    def down(self, y: float) -> float:
+        return (
+            _HEIGHT
+            - _BOTTOM
+            - (y - self.y[0]) / (self.y[1] - self.y[0]) * (_HEIGHT - _TOP - _BOTTOM)
+        )
+
+    def line(self, xs: npt.NDArray[np.float64], ys: npt.NDArray[np.float64]) -> str:
+        return "M" + "L".join(
+            f"{self.across(x):.1f} {self.down(y):.1f}" for x, y in zip(xs, ys, strict=True)
+        )
+
+
+def pair_histograms(shown_evaluations: dict[str, Evaluation]) -> Html:
+    """Densities of the similarities of pairs beside each other, on the same axes."""
+    low, high = pair_range(*shown_evaluations.values())
+    densities = {when: _densities(each) for when, each in shown_evaluations.items()}
+    peak = max(float(values.max()) for each in densities.values() for values in each.values())
+    frame = _Frame((low, high), (0, 1.05 * peak))
+    legend = element(
+        "p",
+        _key("same", "same class"),
+        _key("different", "different classes"),
+        _key("threshold", "best threshold"),
+        class_="legend",
+    )
+    charts = [
+        _histogram(when, evaluation, densities[when], frame)
+        for when, evaluation in shown_evaluations.items()
+    ]
+    return joined(legend, element("div", *charts, class_="beside"))
+
+
+def training(history: History) -> Html:
+    """The loss of each step, and the figures of the evaluations between."""
+    steps, losses = (
+        np.array([record[key] for record in history.steps], dtype=float) for key in ("step", "loss")
+    )
+    width = math.ceil(len(losses) / _MOST_POINTS)
+    # Neighbouring steps are averaged, so that a long run is no heavier than a short one.
+    edges = np.arange(0, len(losses), width)
+    counts = np.diff([*edges, len(losses)])
+    steps, losses = (np.add.reduceat(each, edges) / counts for each in (steps, losses))
+    room = 0.05 * float(np.ptp(losses)) or 0.5
+    frame = _Frame(
+        (float(steps[0]), float(max(steps[-1], steps[0] + 1))),
+        (float(losses.min()) - room, float(losses.max()) + room),
+    )
+    chart = _chart(
+        f"Loss of {len(history.steps)} steps, from {losses[0]:.3g} to {losses[-1]:.3g}.",
+        element("path", d=frame.line(steps, losses), class_="line same"),
+        *_axes(frame, "step", digits=0),
+    )
+    return element(
+        "div",
+        element("figure", element("figcaption", "Loss of each step"), chart),
+        _evaluations(history) if history.evaluations else None,
+        class_="beside",
+    )
+
+
+def _densities(evaluation: Evaluation) -> dict[str, npt.NDArray[np.float64]]:
+    histogram = evaluation.histogram
+    widths = np.diff(histogram.edges)
+    return {
+        kind: counts / (max(1, counts.sum()) * widths)
+        for kind, counts in [("different", histogram.different), ("same", histogram.same)]
+    }
+
+
+def _histogram(
+    when: str,
+    evaluation: Evaluation,
+    densities: dict[str, npt.NDArray[np.float64]],
+    frame: _Frame,
+) -> Html:
+    edges = evaluation.histogram.edges
+    inside = (edges[1:] > frame.x[0]) & (edges[:-1] < frame.x[1])
+    drawn = []
+    for kind, density in densities.items():
+        if not density.any():
+            continue
+        # Each bin from its left to its right end, and down to the axis before and behind them.
+        xs = np.stack([edges[:-1][inside], edges[1:][inside]], axis=1).ravel().clip(*frame.x)
+        ys = np.repeat(density[inside], 2)
+        path = frame.line(np.pad(xs, 1, mode="edge"), np.pad(ys, 1))
+        drawn += [
+            element("path", d=path, class_=f"area {kind}"),
+            element("path", d=path, class_=f"line {kind}"),
+        ]
+    threshold = evaluation.best_threshold
+    if frame.x[0] <= threshold <= frame.x[1]:
+        x = f"{frame.across(threshold):.1f}"
+        drawn.append(
+            element("line", x1=x, x2=x, y1=_TOP, y2=_HEIGHT - _BOTTOM, class_="line threshold")
+        )
+    label = (
+        f"{when}: pairs of one class have mean similarity {shown(evaluation.same_mean)} (standard "
+        f"deviation {shown(evaluation.same_std)}), pairs of different classes "
+        f"{shown(evaluation.different_mean)} ({shown(evaluation.different_std)}); best threshold "
+        f"{shown(threshold)}."
+    )
+    chart = _chart(label, *drawn, *_axes(frame, "cosine similarity of two images", digits=1))
+    return element("figure", element("figcaption", when), chart)
+
+
+def _chart(label: str, *drawn: Html) -> Html:
+    return element(
+        "svg",
+        *drawn,
+        viewBox=f"0 0 {_WIDTH} {_HEIGHT}",
+        role="img",
+        aria_label=label,
+        class_="chart",
+    )
+
+
+def _axes(frame: _Frame, title: str, digits: int) -> list[Html]:
+    """A base line with round values, and the name of the axis."""
+    floor = _HEIGHT - _BOTTOM
+    marks = [
+        element("text", f"{x:.{digits}f}", x=f"{frame.across(x):.1f}", y=floor + 15, class_="tick")
+        for x in _round_values(*frame.x)
+    ]
+    base = element("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=floor, y2=floor, class_="axis")
+    heights = [
+        element("text", f"{y:.3g}", x=_LEFT - 5, y=f"{frame.down(y) + 4:.1f}", class_="height")
+        for y in _round_values(*frame.y)
+    ]
+    name = element("text", title, x=(_LEFT + _WIDTH - _RIGHT) / 2, y=_HEIGHT - 3, class_="tick")
+    return [base, *marks, *heights, name]
+
+
+def _round_values(low: float, high: float) -> list[float]:
+    """Four to eight round numbers between two ends."""
+    step = 10 ** math.floor(math.log10(high - low))
+    for part in (1, 0.5, 0.2, 0.1):
+        first, last = math.ceil(low / (step * part)), math.floor(high / (step * part))
+        if last - first >= 3:
+            return [i * step * part for i in range(first, last + 1)]
+    return [low, high]
+
+
+def _key(kind: str, text: str) -> Html:
+    line = element("line", x1=1, x2=25, y1=6, y2=6, class_=f"line {kind}")
+    swatch = element("svg", line, viewBox="0 0 26 12", aria_hidden="true")
+    return element("span", swatch, " ", text)
+
+
+def _evaluations(history: History) -> Html:
+    shown_keys = {"recall_at_1": "recall at 1", "mean_average_precision": "mAP", "gap": "gap"}
+    head = element(
+        "tr",
+        *(
+            element("th", title, scope="col", class_="number")
+            for title in ("step", *shown_keys.values())
+        ),
+    )
+    rows = [
+        element(
+            "tr",
+            element("th", str(record["step"]), scope="row", class_="number"),
+            *(element("td", _or_dash(record.get(key)), class_="number") for key in shown_keys),
+        )
+        for record in history.evaluations
+    ]
+    caption = element("caption", "Evaluations during training")
+    table = element("table", caption, element("thead", head), element("tbody", *rows))
+    return scrolling("Evaluations during training", table)
+
+
+def _or_dash(figure: float | None) -> str:
+    return "-" if figure is None else shown(figure)

@@ -1,0 +1,198 @@
+"""Class by class: heatmaps, figures, and which classes are confused."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from pairclip._class_order import similarity_order
+from pairclip._figures import QUERY_TITLES, shown, signed
+from pairclip.evaluation import Evaluation
+from pairclip.report._colors import heat_class
+from pairclip.report._html import Html, element, scrolling
+
+_MOST_CLASSES = 40
+_MOST_FIGURES = 12
+_PER_CLASS = ("recall_at_1", "mean_average_precision", "knn_accuracy")
+
+
+def heatmaps(shown_evaluations: dict[str, Evaluation]) -> Html:
+    """Class similarities beside each other: one order, one colour scale."""
+    evaluations = list(shown_evaluations.values())
+    places = _classes_to_show(evaluations)
+    order = places[similarity_order(evaluations[0].class_similarity[np.ix_(places, places)])]
+    total = len(evaluations[0].class_names)
+    which = "The classes" if len(order) == total else f"{len(order)} of {total} classes, those "
+    which += "" if len(order) == total else "with the most similar others,"
+    return element(
+        "div",
+        element(
+            "p",
+            f"Mean cosine of the images of two classes; on the diagonal, of two images of one "
+            f"class. {which} stand in an order that puts like ones together"
+            + (" before" if len(evaluations) > 1 else "")
+            + ", and the colours run from -1 to 1 in every picture.",
+            class_="intro",
+        ),
+        element(
+            "div",
+            *(_heatmap(when, each, order) for when, each in shown_evaluations.items()),
+            class_="beside",
+        ),
+        element("p", class_="readout", aria_live="polite"),
+        _scale(),
+        class_="heatmaps",
+    )
+
+
+def confused_classes(shown_evaluations: dict[str, Evaluation]) -> Html:
+    """The most similar pairs of classes of each evaluation, with their figures in all."""
+    return element(
+        "div",
+        *(
+            _confused(when, evaluation, shown_evaluations)
+            for when, evaluation in shown_evaluations.items()
+        ),
+        class_="beside",
+    )
+
+
+def class_table(before: Evaluation | None, after: Evaluation) -> Html:
+    """Figures of each class; the page's script sorts it by any column."""
+    parts = ["value"] if before is None else ["before", "after", "change"]
+    images = np.bincount(after.labels, minlength=len(after.class_names))
+    head = element(
+        "thead",
+        element(
+            "tr",
+            element("td", colspan=2),
+            *(
+                element("th", QUERY_TITLES[key], scope="colgroup", colspan=len(parts))
+                for key in _PER_CLASS
+            ),
+        ),
+        element(
+            "tr",
+            element("th", "class", scope="col"),
+            element("th", "images", scope="col", class_="number"),
+            *(
+                element("th", part, scope="col", class_="number")
+                for _ in _PER_CLASS
+                for part in parts
+            ),
+        ),
+    )
+    rows = [
+        element(
+            "tr",
+            element("th", name, scope="row"),
+            element("td", f"{images[place]}", class_="number"),
+            *(
+                element("td", text, class_="number")
+                for key in _PER_CLASS
+                for text in _class_figures(before, after, key, place)
+            ),
+        )
+        for place, name in enumerate(after.class_names)
+    ]
+    table = element("table", head, element("tbody", *rows), class_="sortable")
+    return scrolling("Figures of each class", table)
+
+
+def _class_figures(
+    before: Evaluation | None, after: Evaluation, key: str, place: int
+) -> tuple[str, ...]:
+    now = float(after.per_class[key][place])
+    if before is None:
+        return (shown(now),)
+    was = float(before.per_class[key][place])
+    return shown(was), shown(now), signed(now - was)
+
+
+def _classes_to_show(evaluations: list[Evaluation]) -> npt.NDArray[np.int64]:
+    """All classes, or of many those that are most similar to another one in any evaluation."""
+    closest = np.full(len(evaluations[0].class_names), -np.inf)
+    if len(closest) <= _MOST_CLASSES:
+        return np.arange(len(closest))
+    for evaluation in evaluations:
+        apart = evaluation.class_similarity.copy()
+        np.fill_diagonal(apart, -np.inf)
+        closest = np.maximum(closest, apart.max(axis=1))
+    return np.sort(np.argsort(-closest, kind="stable")[:_MOST_CLASSES])
+
+
+def _heatmap(when: str, evaluation: Evaluation, order: npt.NDArray[np.int64]) -> Html:
+    names = [evaluation.class_names[place] for place in order]
+    values = evaluation.class_similarity[np.ix_(order, order)]
+    head = element(
+        "tr",
+        element("td"),
+        *(element("th", element("span", name), scope="col", title=name) for name in names),
+    )
+    rows = [
+        element(
+            "tr",
+            element("th", element("span", name), scope="row", title=name),
+            *(
+                element(
+                    "td",
+                    _two_decimals(value),
+                    class_=heat_class(value),
+                    title=f"{name}, {other}: {_two_decimals(value)}",
+                )
+                for other, value in zip(names, row, strict=True)
+            ),
+        )
+        for name, row in zip(names, values.tolist(), strict=True)
+    ]
+    dense = " dense" if len(names) > _MOST_FIGURES else ""
+    table = element(
+        "table",
+        element("caption", when),
+        element("thead", head),
+        element("tbody", *rows),
+        class_=f"heat{dense}",
+        data_when=when,
+    )
+    return scrolling(f"Class similarities: {when}", table)
+
+
+def _scale() -> Html:
+    ends = [-1, -0.75, -0.5, -0.25, 0, 0.25, 0.5, 0.75, 1]
+    return element(
+        "p",
+        "Colours: ",
+        *(element("span", f"{end:g}", class_=f"key {heat_class(end)}") for end in ends),
+        class_="scale",
+    )
+
+
+def _confused(when: str, evaluation: Evaluation, shown_evaluations: dict[str, Evaluation]) -> Html:
+    place_of = {name: place for place, name in enumerate(evaluation.class_names)}
+    rows = [
+        element(
+            "tr",
+            element("th", f"{one}, {other}", scope="row"),
+            *(
+                element(
+                    "td",
+                    shown(float(each.class_similarity[place_of[one], place_of[other]])),
+                    class_="number",
+                )
+                for each in shown_evaluations.values()
+            ),
+        )
+        for one, other, _ in evaluation.confused_classes
+    ]
+    head = element(
+        "tr",
+        element("th", "Classes", scope="col"),
+        *(element("th", name, scope="col", class_="number") for name in shown_evaluations),
+    )
+    caption = element("caption", f"Most similar classes: {when}")
+    table = element("table", caption, element("thead", head), element("tbody", *rows))
+    return scrolling(f"Most similar classes: {when}", table)
+
+
+def _two_decimals(value: float) -> str:
+    return "-" if np.isnan(value) else f"{round(value, 2) + 0.0:.2f}"

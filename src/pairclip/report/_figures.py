@@ -1,0 +1,135 @@
+"""The figures before and after: in words, and as a table."""
+
+from __future__ import annotations
+
+from pairclip._figures import PAIR_TITLES, QUERY_TITLES, TITLES, Change, shown, signed
+from pairclip._pictured import neighbor_is_right
+from pairclip.evaluation import Evaluation
+from pairclip.report._html import Html, element, joined, scrolling
+
+MEANINGS = {
+    "Recall at k": "share of queries with an image of their class among the k nearest",
+    "Precision at 10": "share of the 10 nearest images that are of the query's class",
+    "R-precision": "the same among the R nearest, R being all that the class has to find",
+    "MAP@R": "mean average precision of the R nearest: it rewards right images that come first",
+    "Mean average precision": "the same over all images",
+    "k-nearest-neighbour accuracy": "share of queries whose class wins the vote of the 5 nearest",
+    "Mean similarity": "mean cosine of the embeddings of two images, over all pairs",
+    "ROC AUC of pairs": "chance that a pair of one class is more alike than one of two classes",
+    "Best threshold for pairs": "cosine above which two images are best called of one class; the "
+    "balanced accuracy is what that gives, on these same pairs",
+    "95 % interval": "where the change would lie had other queries of the same kind been drawn "
+    "(paired percentile bootstrap over queries). It leaves out what another seed of the "
+    "training, or other images to search among, would change",
+}
+
+
+def summary(before: Evaluation | None, after: Evaluation, name: str | None = None) -> Html:
+    """What the table says, in a few sentences."""
+    classes = len(after.class_names)
+    images = f"{after.num_images:,} images of {classes:,} class{'es' if classes > 1 else ''}"
+    where = f"On {images}" if name is None else f"On “{name}” ({images})"
+    if before is None:
+        return element(
+            "p",
+            f"{where}, the nearest image is of the same class for {after.recall_at_1:.1%} of "
+            f"{after.num_queries:,} queries; {_similarities(after)}",
+        )
+    changes = after.changes(before)
+    was_right, is_right = (neighbor_is_right(each)[:, 0] for each in (before, after))
+    return joined(
+        element(
+            "p",
+            f"{where}, recall at 1 went {_in_words(changes['recall_at_1'])}. Mean average "
+            f"precision went {_in_words(changes['mean_average_precision'])}.",
+        ),
+        element(
+            "p",
+            f"{int((is_right & ~was_right).sum()):,} of {after.num_queries:,} queries now find an "
+            "image of their own class first and did not before; "
+            f"{int((was_right & ~is_right).sum()):,} no longer do. Before: "
+            f"{_similarities(before)} After: {_similarities(after)}",
+        ),
+    )
+
+
+def figures_table(before: Evaluation | None, after: Evaluation, label: str = "Figures") -> Html:
+    """All figures, of queries and of pairs, with intervals and marks where there are two."""
+    changes = (
+        {key: Change(getattr(after, key), getattr(after, key), None) for key in TITLES}
+        if before is None
+        else after.changes(before)
+    )
+    columns = ["value"] if before is None else ["before", "after", "change", "95 % interval"]
+    head = element(
+        "thead",
+        element(
+            "tr",
+            element("th", "Figure", scope="col"),
+            *(element("th", column, scope="col", class_="number") for column in columns),
+        ),
+    )
+    groups = [
+        element(
+            "tbody",
+            element("tr", element("th", title, scope="rowgroup", colspan=len(columns) + 1)),
+            *(_row(titles[key], changes[key], before is not None) for key in titles),
+        )
+        for title, titles in [
+            ("Search: each image among the others", QUERY_TITLES),
+            ("Pairs of images", PAIR_TITLES),
+        ]
+    ]
+    return scrolling(label, element("table", head, *groups, class_="figures"))
+
+
+def meanings() -> Html:
+    """What each figure means, folded away."""
+    terms = [joined(element("dt", term), element("dd", text)) for term, text in MEANINGS.items()]
+    return element("details", element("summary", "What the figures mean"), element("dl", *terms))
+
+
+def _row(title: str, change: Change, compared: bool) -> Html:
+    head = element("th", title, scope="row")
+    after = element("td", shown(change.after), class_="number")
+    if not compared:
+        return element("tr", head, after)
+    return element(
+        "tr",
+        head,
+        element("td", shown(change.before), class_="number"),
+        after,
+        change_cell(change),
+        element("td", _interval(change), class_="number"),
+    )
+
+
+def change_cell(change: Change) -> Html:
+    """A difference, marked by sign, colour and word where its interval leaves out 0."""
+    text = signed(change.difference)
+    if not change.is_clear:
+        return element("td", text, class_="number")
+    kind, sign, word = ("gain", "▲", "gain") if change.difference > 0 else ("loss", "▼", "loss")
+    mark = element("span", sign, role="img", aria_label=word)
+    return element("td", mark, " ", text, class_=f"number {kind}")
+
+
+def _interval(change: Change) -> str:
+    return "" if change.interval is None else " to ".join(map(signed, change.interval))
+
+
+def _in_words(change: Change) -> str:
+    found = f"from {shown(change.before)} to {shown(change.after)}"
+    if change.interval is None:
+        return f"{found} ({signed(change.difference)})"
+    verdict = "no clear change"
+    if change.is_clear:
+        verdict = "a clear gain" if change.difference > 0 else "a clear loss"
+    return f"{found} ({signed(change.difference)}, 95 % interval {_interval(change)}: {verdict})"
+
+
+def _similarities(evaluation: Evaluation) -> str:
+    text = f"the mean similarity of two images of one class is {shown(evaluation.same_mean)}"
+    if len(evaluation.class_names) > 1:
+        text += f", of two classes {shown(evaluation.different_mean)}"
+    return f"{text}."

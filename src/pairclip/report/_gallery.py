@@ -1,0 +1,169 @@
+"""Queries and what they found, before and after, by what became of them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from pairclip._pictured import in_turn, neighbor_is_right
+from pairclip.datasets import LabelledImages
+from pairclip.evaluation import Evaluation
+from pairclip.report._html import Html, element, joined
+from pairclip.report._pictures import Thumbnails
+
+_MOST_QUERIES = 60
+_NEIGHBORS = 5
+
+
+class _Kind(NamedTuple):
+    name: str
+    title: str
+    rows: npt.NDArray[np.int64]  # of the queries, the most telling ones first
+    order: str
+
+
+def gallery(shown_evaluations: dict[str, Evaluation], images: LabelledImages) -> Html:
+    """Some queries of each kind with their nearest images; each image is stored once."""
+    after = list(shown_evaluations.values())[-1]
+    kinds = _kinds(list(shown_evaluations.values()))
+    thumbnails = Thumbnails()
+    parts = []
+    numbers = _shared_out([len(kind.rows) for kind in kinds], _MOST_QUERIES)
+    for kind, number in zip(kinds, numbers, strict=True):
+        chosen = in_turn(after.labels[after.queries], kind.rows.tolist())[:number]
+        cases = [_case(kind, row, shown_evaluations, images, thumbnails) for row in chosen]
+        which = f", {kind.order}, the classes in turn" if number < len(kind.rows) else ""
+        parts.append(
+            element(
+                "section",
+                element("h3", kind.title),
+                element("p", f"{number:,} of {len(kind.rows):,} queries{which}.", class_="intro"),
+                element("ul", *cases, class_="cases") if cases else None,
+                class_="kind",
+                data_kind=kind.name,
+            )
+        )
+    return element(
+        "div", thumbnails.stored(), _filters(kinds, after), *parts, class_="gallery", id="gallery"
+    )
+
+
+def _kinds(evaluations: list[Evaluation]) -> list[_Kind]:
+    after = evaluations[-1]
+    precision = after.per_query["mean_average_precision"]
+    right = neighbor_is_right(after)[:, 0]
+    if len(evaluations) == 1:
+        return [
+            _sorted("wrong", "Nearest image of another class", ~right, precision, "worst first"),
+            _sorted("right", "Nearest image of the same class", right, precision, "worst first"),
+        ]
+    before = evaluations[0]
+    was_right = neighbor_is_right(before)[:, 0]
+    gain = precision - before.per_query["mean_average_precision"]
+    return [
+        _sorted(
+            "fixed", "Wrong before, right after", right & ~was_right, -gain, "largest gain first"
+        ),
+        _sorted("new", "Right before, wrong after", ~right & was_right, gain, "largest loss first"),
+        _sorted("still", "Wrong before and after", ~right & ~was_right, precision, "worst first"),
+    ]
+
+
+def _sorted(
+    name: str,
+    title: str,
+    chosen: npt.NDArray[np.bool_],
+    by: npt.NDArray[np.float64],
+    order: str,
+) -> _Kind:
+    rows = np.flatnonzero(chosen)
+    return _Kind(name, title, rows[np.argsort(by[rows], kind="stable")], order)
+
+
+def _shared_out(wanted: list[int], total: int) -> list[int]:
+    """Up to `total` places shared out evenly; what one doesn't want goes to the others."""
+    given = [0] * len(wanted)
+    for left, i in enumerate(np.argsort(wanted, kind="stable")):
+        given[i] = min(wanted[i], (total - sum(given)) // (len(wanted) - left))
+    return given
+
+
+def _case(
+    kind: _Kind,
+    row: int,
+    shown_evaluations: dict[str, Evaluation],
+    images: LabelledImages,
+    thumbnails: Thumbnails,
+) -> Html:
+    some = next(iter(shown_evaluations.values()))
+    query = int(some.queries[row])
+    name = some.class_names[some.labels[query]]
+    hits = [
+        element(
+            "div",
+            element("p", when, class_="when"),
+            *(
+                _hit(evaluation, row, column, images, thumbnails)
+                for column in range(min(_NEIGHBORS, evaluation.neighbors.shape[1]))
+            ),
+            class_="hits",
+        )
+        for when, evaluation in shown_evaluations.items()
+    ]
+    picture = thumbnails.show(query, images[query][0], f"query: {name}, image {query}")
+    caption = element("figcaption", name, " ", element("small", f"image {query}"))
+    return element(
+        "li",
+        element("figure", picture, caption, class_="query"),
+        element("div", *hits, class_="found"),
+        data_kind=kind.name,
+        data_class=int(some.labels[query]),
+    )
+
+
+def _hit(
+    evaluation: Evaluation,
+    row: int,
+    column: int,
+    images: LabelledImages,
+    thumbnails: Thumbnails,
+) -> Html:
+    found = int(evaluation.neighbors[row, column])
+    name = evaluation.class_names[evaluation.labels[found]]
+    is_right = bool(evaluation.labels[found] == evaluation.labels[evaluation.queries[row]])
+    mark, word = ("✓", "right") if is_right else ("✗", "wrong")
+    return element(
+        "figure",
+        thumbnails.show(found, images[found][0], f"{word}: {name}, image {found}"),
+        element(
+            "figcaption",
+            element("span", mark, " ", name, class_="name", title=name),
+            element("small", f"{evaluation.neighbor_scores[row, column]:.2f}"),
+        ),
+        class_=f"hit {word}",
+    )
+
+
+def _filters(kinds: list[_Kind], evaluation: Evaluation) -> Html:
+    """Choices that the page's script shows and obeys."""
+    present = np.unique(evaluation.labels[evaluation.queries]).tolist()
+    return element(
+        "form",
+        _choice("kind", "Show", [(kind.name, kind.title) for kind in kinds]),
+        _choice(
+            "class", "Class", [(str(place), evaluation.class_names[place]) for place in present]
+        ),
+        element("output", ""),
+        class_="filters",
+        hidden="",
+    )
+
+
+def _choice(name: str, label: str, options: list[tuple[str, str]]) -> Html:
+    everything = element("option", "all", value="")
+    choices = [element("option", text, value=value) for value, text in options]
+    return joined(
+        element("label", label, " ", element("select", everything, *choices, name=name)),
+    )

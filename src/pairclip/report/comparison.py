@@ -1,0 +1,109 @@
+"""The page that shows what fine-tuning changed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from pairclip import _files
+from pairclip._pictured import images_of
+from pairclip.evaluation import Evaluation
+from pairclip.finetuner import History
+from pairclip.report._charts import pair_histograms, training
+from pairclip.report._classes import class_table, confused_classes, heatmaps
+from pairclip.report._figures import figures_table, meanings, summary
+from pairclip.report._gallery import gallery
+from pairclip.report._html import Html, element, page, section
+
+_PAIRS = (
+    "How similar two images are, over all pairs. The less the two shapes overlap, the better the "
+    "classes are kept apart. Each shape has area 1, though most pairs are of different classes."
+)
+
+
+def write_report(
+    folder: str | os.PathLike[str],
+    before: Evaluation | None,
+    after: Evaluation,
+    *,
+    dataset: Any = None,
+    history: History | None = None,
+    title: str | None = None,
+    note: str | None = None,
+) -> Path:
+    """Write what an evaluation shows, or two of them side by side, as one HTML page.
+
+    The page is a single file that loads nothing, for light and dark screens, wide and narrow: the
+    figures with their intervals, heatmaps of the classes, histograms of the pairs, figures of
+    each class, and the images that queries found, right and wrong.
+
+    Args:
+        folder: Where ``report.html`` is written; made if it isn't there.
+        before: The evaluation to compare with; None shows `after` alone.
+        after: The evaluation to show.
+        dataset: The dataset that was evaluated, for the images; without it there is no gallery.
+        history: Of the training between.
+        title: Heading of the page.
+        note: A sentence below it, on what the images and the tower are, for instance.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        ValueError: If the evaluations are of other images, or `dataset` is another one.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from pairclip import evaluate_embeddings
+        >>> from pairclip.report import write_report
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> before = evaluate_embeddings(torch.eye(4), labels)
+        >>> after = evaluate_embeddings(torch.eye(2)[labels], labels)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     page = write_report(folder, before, after)
+        ...     text = page.read_text(encoding="utf-8")
+        >>> page.name, "http" in text.replace("http-equiv", "")
+        ('report.html', False)
+    """
+    if before is None:
+        evaluations, heading = {"evaluation": after}, "Evaluation"
+    else:
+        evaluations, heading = {"before": before, "after": after}, "Before and after fine-tuning"
+    images = None if dataset is None else images_of(after, dataset)
+    content = [
+        section("In short", *_summaries(before, after)),
+        section("Figures", figures_table(before, after), meanings()),
+        section("Further images", *_also_tables(before, after)) if after.also else None,
+        section("Similarity of classes", heatmaps(evaluations), confused_classes(evaluations)),
+        section("Similarity of pairs", pair_histograms(evaluations), intro=_PAIRS),
+        section("Class by class", class_table(before, after)),
+        section("Training", training(history)) if history is not None and history.steps else None,
+        None if images is None else section("What queries found", gallery(evaluations, images)),
+    ]
+    path = Path(folder) / "report.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _files.write_text(path, page(title or heading, *content, note=note))
+    return path
+
+
+def _summaries(before: Evaluation | None, after: Evaluation) -> list[Html]:
+    return [
+        summary(before, after),
+        *(summary(_also(before, name), other, name) for name, other in after.also.items()),
+    ]
+
+
+def _also(before: Evaluation | None, name: str) -> Evaluation | None:
+    return None if before is None else before.also[name]
+
+
+def _also_tables(before: Evaluation | None, after: Evaluation) -> list[Html]:
+    return [
+        element(
+            "details",
+            element("summary", f"Figures of “{name}”"),
+            figures_table(_also(before, name), other, f"Figures of {name}"),
+        )
+        for name, other in after.also.items()
+    ]

@@ -1,0 +1,394 @@
+"""What every one of several processes does; `test_processes.py` looks at what they return."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
+from PIL import Image
+from processes import small
+from torch import Tensor, distributed, nn
+from torch.futures import Future
+from torch.utils.data import BatchSampler, RandomSampler
+
+from pairclip import Callback, CollapseMonitor, Finetuner, WeightAverage, _run
+
+
+def gradients(micro: list[int | None], ten_steps_with: int | None) -> dict[str, Any]:
+    """First gradients with each size of a micro-batch, and ten steps of plain SGD with one."""
+    found: dict[str, Any] = {}
+    for name in small.LOSSES:
+        for size in micro:
+            first, _, _ = small.fit(
+                small.new_tower(),
+                small.new_loss(name),
+                small.new_sampler(name),
+                micro_batch_size=size,
+            )
+            found[f"{name}, {size}"] = first
+        found[name] = small.fit(
+            small.new_tower(),
+            small.new_loss(name),
+            small.new_sampler(name),
+            micro_batch_size=ten_steps_with,
+            steps=10,
+        )[1:]
+    return found
+
+
+def noisy_loss(embeddings: Tensor, labels: Tensor) -> Tensor:
+    """Draws from every global generator."""
+    noise = random.random() + np.random.rand() + torch.rand(())  # noqa: NPY002
+    return (embeddings.square().mean(dim=1) * torch.rand(len(labels))).sum() * noise
+
+
+def noisy_losses(micro: int | None) -> list[float]:
+    history = small.fit(
+        small.new_tower(),
+        noisy_loss,
+        small.new_sampler("squared"),
+        micro_batch_size=micro,
+        steps=3,
+    )[2]
+    return [record["loss"] for record in history.steps]
+
+
+def noisy_batches(sampler: str) -> list[list[int]]:
+    """The images of each batch, from a sampler that draws from global generators."""
+    indices: Any = {
+        "torch": lambda: RandomSampler(range(64)),
+        "pytorch-metric-learning": lambda: small.MPerClassSampler(
+            small.LABELS, 4, length_before_new_iter=64
+        ),
+    }[sampler]()
+    seen: list[list[int]] = []
+
+    def loss(embeddings: Tensor, labels: Tensor) -> Tensor:
+        seen.append(labels.tolist())
+        return embeddings.square().mean()
+
+    small.fit(
+        small.new_tower(),
+        loss,
+        BatchSampler(indices, 16, drop_last=True),
+        steps=7,
+        labels=list(range(64)),
+    )
+    return seen
+
+
+def noisy_tower(micro: int | None) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """First gradients, and the noise of the passes without and with gradient."""
+    noise = small.Noise("torch")
+    first, _, _ = small.fit(
+        small.new_tower(noise),
+        small.new_loss("squared"),
+        small.new_sampler("squared"),
+        micro_batch_size=micro,
+    )
+    return first, noise.without_gradient, noise.with_gradient
+
+
+def refusals() -> dict[str, str]:
+    norm = nn.BatchNorm1d(small.DIMENSION)
+    attempts = {
+        "batch": lambda: small.fit(
+            small.new_tower(), small.new_loss("squared"), small.Batches([list(range(7))])
+        ),
+        "batch norm": lambda: small.fit(
+            small.new_tower(norm), small.new_loss("squared"), small.new_sampler("squared")
+        ),
+    }
+    messages = {}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except ValueError as error:
+            messages[name] = str(error)
+    return messages
+
+
+def frozen_batch_norm() -> tuple[list[Tensor], list[Tensor]]:
+    """First gradients, and the statistics after three steps."""
+    tower = small.new_tower(small.frozen_norm())
+    first, _, _ = small.fit(
+        tower, small.new_loss("squared"), small.new_sampler("squared"), steps=3, micro_batch_size=3
+    )
+    return first, [tower.model.extra.running_mean, tower.model.extra.running_var]
+
+
+class Watcher(Callback):
+    """Keeps what a callback sees."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Tensor, ...]] = []
+
+    def on_step(self, fit: Any) -> None:
+        self.seen.append((fit.embeddings.clone(), fit.labels.clone(), fit.gradient.clone()))
+
+
+class Buffered(nn.Module):
+    """A loss with parameters and buffers of every kind."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.proxies = nn.Parameter(
+            torch.randn(small.NUM_CLASSES, small.DIMENSION, generator=generator)
+        )
+        self.scale = nn.Parameter(torch.rand((), generator=generator))
+        self.frozen = nn.Parameter(torch.rand(3, generator=generator), requires_grad=False)
+        self.register_buffer("mean", torch.rand(small.DIMENSION, generator=generator))
+        self.register_buffer("count", torch.tensor(seed))
+        self.register_buffer("seen", torch.tensor([seed == 0, True]))
+        self.register_buffer("across", torch.rand(2, 3, generator=generator).T)
+        self.register_buffer("none", None)
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        self.mean.lerp_(embeddings.detach().mean(dim=0), 0.1)
+        self.count += 1
+        centred = embeddings - self.mean
+        return self.scale * (centred - self.proxies[labels]).square().mean() * self.frozen.sum()
+
+
+def agreement() -> dict[str, Any]:
+    """Everything that must be equal on all processes, which start from different weights."""
+    rank = Accelerator().process_index
+    tower, loss = small.new_tower(seed=rank), Buffered(rank)
+    watcher, average = Watcher(), WeightAverage(0.5)
+    finetuner = Finetuner(
+        tower,
+        loss,
+        learning_rate=1e-2,
+        micro_batch_size=3,
+        callbacks=[watcher, average, CollapseMonitor(0.9999)],
+    )
+    dataset = small.pictures(), small.LABELS
+    history = finetuner.fit(dataset, batch_size=16, max_steps=5, eval_dataset=dataset, eval_every=2)
+    return {
+        "tower": dict(tower.state_dict()),
+        "loss": dict(loss.state_dict()),
+        "history": history.to_dict(),
+        "seen": watcher.seen,
+        "averages": average.averages,
+    }
+
+
+class Stopper(Callback):
+    """Stops on the last process only."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def stop(self, fit: Any, where: str) -> None:
+        last = fit.accelerator.process_index == fit.accelerator.num_processes - 1
+        if last and where == self.where:
+            fit.stop("enough")
+
+    def on_fit_start(self, fit: Any) -> None:
+        self.stop(fit, "on_fit_start")
+
+    def on_step(self, fit: Any) -> None:
+        if fit.step == 2:
+            self.stop(fit, "on_step")
+
+    def on_evaluation(self, fit: Any) -> None:
+        self.stop(fit, "on_evaluation")
+
+
+def stopped(where: str) -> dict[str, Any]:
+    """A callback of one process stops a fit, and another fit follows."""
+    tower = small.new_tower()
+    finetuner = Finetuner(tower, small.new_loss("squared"), callbacks=[Stopper(where)])
+    dataset = small.pictures(), small.LABELS
+    history = finetuner.fit(dataset, batch_size=16, max_steps=6, eval_dataset=dataset, eval_every=3)
+    steps = len(history.steps)
+    finetuner.callbacks = []
+    more = finetuner.fit(dataset, batch_size=16, max_steps=2)
+    return {
+        "steps": steps,
+        "reason": history.stop_reason,
+        "more": len(more.steps),
+        "weights": small.weights(tower),
+    }
+
+
+def two_fits(precision: str) -> list[Tensor]:
+    """One after another with the same Accelerator, the second without micro-batches."""
+    accelerator = Accelerator(mixed_precision=precision)
+    tower, loss = small.new_tower(), small.new_loss("arcface")
+    for micro in (3, None):
+        small.fit(
+            tower,
+            loss,
+            small.new_sampler("arcface"),
+            steps=3,
+            micro_batch_size=micro,
+            accelerator=accelerator,
+        )
+    return small.weights(tower, loss)
+
+
+def regularised(micro: int | None) -> list[Tensor]:
+    """First gradients of a loss that has a word on the tower's weights too."""
+    tower = small.new_tower()
+    return small.fit(
+        tower,
+        small.with_decay(small.new_loss("squared"), tower),
+        small.new_sampler("squared"),
+        micro_batch_size=micro,
+    )[0]
+
+
+class Unused(nn.Module):
+    """Has a parameter that takes no part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.ones(3))
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        return embeddings
+
+
+def unused_parameter() -> list[Tensor]:
+    """Trains with an Accelerator that lets DDP look for it."""
+    options = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return small.fit(
+        small.new_tower(Unused()),
+        small.new_loss("squared"),
+        small.new_sampler("squared"),
+        steps=3,
+        micro_batch_size=4,
+        accelerator=Accelerator(kwargs_handlers=[options]),
+    )[1]
+
+
+class Sometimes(nn.Module):
+    """Has a parameter that takes part in the first piece of four on process 0, in no other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(small.DIMENSION))
+        self.calls = 0
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        if not self.training:
+            return embeddings
+        self.calls += 1
+        first = self.calls % 4 == 1 and distributed.get_rank() == 0
+        return embeddings + self.shift if first else embeddings
+
+
+def sometimes() -> list[Tensor]:
+    """First gradients; the last of the parameters is used in one piece of eight."""
+    options = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return small.fit(
+        small.new_tower(Sometimes()),
+        small.new_loss("squared"),
+        small.new_sampler("squared"),
+        micro_batch_size=4,
+        accelerator=Accelerator(kwargs_handlers=[options]),
+    )[0]
+
+
+def compressed() -> list[Tensor]:
+    options = DistributedDataParallelKwargs(comm_hook=DDPCommunicationHookType.BF16)
+    return small.fit(
+        small.new_tower(),
+        small.new_loss("squared"),
+        small.new_sampler("squared"),
+        accelerator=Accelerator(kwargs_handlers=[options]),
+    )[0]
+
+
+def reductions(micro: int | None) -> int:
+    """How often the gradients are added up over the processes in two steps."""
+    count = 0
+
+    def hook(state, bucket):  # type: ignore[no-untyped-def]
+        nonlocal count
+        count += 1
+        bucket.buffer().div_(distributed.get_world_size())
+        reduced = distributed.all_reduce(bucket.buffer(), async_op=True).get_future()
+        return reduced.then(lambda future: future.value()[0])
+
+    # DDP looks at the annotations themselves, not at their text.
+    hook.__annotations__ = {"bucket": distributed.GradBucket, "return": Future[Tensor]}
+
+    class Counting(nn.parallel.DistributedDataParallel):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs, bucket_cap_mb=1000)
+            self.register_comm_hook(None, hook)
+
+    _run.DistributedDataParallel = Counting  # in this process, which ends after the case
+    small.fit(
+        small.new_tower(),
+        small.new_loss("squared"),
+        small.new_sampler("squared"),
+        steps=2,
+        micro_batch_size=micro,
+    )
+    return count
+
+
+def checkpointed(
+    folder: str, *, kill_at: int | None = None, resume: bool = False, micro: int | None = None
+) -> dict[str, Any]:
+    """A fit of six steps, whose last process gets a SIGTERM in a step; or its continuation."""
+
+    class Kill(Callback):
+        def on_step(self, fit: Any) -> None:
+            last = fit.accelerator.process_index == fit.accelerator.num_processes - 1
+            if fit.step == kill_at and last:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    tower, loss = small.new_tower(), small.new_loss("arcface")
+    finetuner = Finetuner(
+        tower,
+        loss,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=small.RATE, momentum=0.9),
+        max_grad_norm=None,
+        micro_batch_size=micro,
+        callbacks=[Kill()],
+    )
+    code = None
+    steps = 0
+    try:
+        history = finetuner.fit(
+            (small.pictures(), small.LABELS),
+            batch_size=16,
+            max_steps=6,
+            checkpoint_dir=Path(folder),
+            checkpoint_every=2,
+            resume=resume,
+        )
+        steps = len(history.steps)
+    except SystemExit as exit:
+        code = exit.code
+    return {"code": code, "steps": steps, "weights": small.weights(tower, loss)}
+
+
+class Jitter:
+    """A random transform, from every global generator."""
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        noise = random.random() + np.random.rand() + torch.rand(3, 8, 8)  # noqa: NPY002
+        return small.to_tensor(image) + noise
+
+
+def jittered(workers: int) -> list[Tensor]:
+    """The embeddings of three batches of randomly transformed images."""
+    tower = small.new_tower()
+    tower.preprocess = Jitter()
+    watcher = Watcher()
+    finetuner = Finetuner(tower, small.new_loss("squared"), callbacks=[watcher])
+    finetuner.fit((small.pictures(), small.LABELS), batch_size=16, max_steps=3, num_workers=workers)
+    return [embeddings for embeddings, _, _ in watcher.seen]

@@ -1,0 +1,522 @@
+"""Search, and an index that is on the disk whole or not at all."""
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import ConcatDataset, Subset
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+from pairclip import VisionTower, embed_images, load_tower
+from pairclip.index import ImageIndex, Match
+
+HEADER = "image_index.json"
+HOSTILE = '<script>"alert(1)"</script>\n\\ & \udcff'
+
+
+def index_of(embeddings: torch.Tensor, **fields: Any) -> ImageIndex:
+    """An index with these very rows, of no tower."""
+    absent = {"labels": None, "class_names": None, "paths": None, "fingerprint": "none"}
+    return ImageIndex(embeddings, **{**absent, **fields})
+
+
+def rows_of(count: int, size: int = 24, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return nn.functional.normalize(torch.randn(count, size, generator=generator))
+
+
+def flat_tower() -> VisionTower:
+    """Pixels are the embedding."""
+    return load_tower(nn.Flatten(), image_processor=transforms.ToTensor())
+
+
+def tensors_file(folder: Path) -> Path:
+    (path,) = folder.glob("image_index-*.safetensors")
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path: Path, images: tuple[np.ndarray, list[int]]) -> Path:
+    """A folder with twelve of the images, in folders of their classes."""
+    for number, (pixels, label) in enumerate(list(zip(*images, strict=True))[:12]):
+        folder = tmp_path / "photos" / "abc"[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"{number:02}.png")
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    folder = tmp_path / "saved"
+    labels = torch.arange(20) % 3
+    paths = [f"{i}.jpg" for i in range(20)]
+    names = ["ant", "bee", "cat"]
+    index_of(rows_of(20).half(), labels=labels, class_names=names, paths=paths).save(folder)
+    return folder
+
+
+# --- Search ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_search_is_exact_over_what_is_stored(dtype: torch.dtype, tmp_path: Path) -> None:
+    index_of(rows_of(500).to(dtype)).save(tmp_path)
+    index = ImageIndex.load(tmp_path)
+    queries = 7 * rows_of(30, seed=1)
+    scores, indices = index.nearest_neighbors(queries, k=9)
+    stored, exact = index.embeddings.double(), queries.double()
+    cosines = nn.functional.normalize(exact) @ nn.functional.normalize(stored).T
+    expected, places = cosines.topk(9, dim=1)
+    assert index.embeddings.dtype == dtype
+    assert torch.equal(indices, places)
+    torch.testing.assert_close(scores.double(), expected, atol=1e-6, rtol=0)
+
+
+def test_blocks_change_nothing_and_of_equals_the_first_is_found(monkeypatch) -> None:
+    index = index_of(torch.eye(5).repeat(6, 1).half())
+    queries = rows_of(4, 5)
+    scores, indices = index.nearest_neighbors(queries, k=17)
+    monkeypatch.setattr("pairclip.index._ROWS", 7)
+    in_blocks = index.nearest_neighbors(queries, k=17)
+    assert torch.equal(in_blocks[0], scores)
+    assert torch.equal(in_blocks[1], indices)
+    assert torch.equal(indices[:, :6], indices[:, :1] % 5 + 5 * torch.arange(6))
+
+
+def test_a_search_leaves_none_of_the_file_in_memory(tmp_path: Path) -> None:
+    def resident_kilobytes() -> int:
+        name, total = tensors_file(tmp_path).name, 0
+        for mapping in Path("/proc/self/smaps").read_text().split("VmFlags"):
+            if name in mapping:
+                total += int(mapping.split("Rss:")[1].split()[0])
+        return total
+
+    index_of(rows_of(20_000, 128).half()).save(tmp_path)
+    index = ImageIndex.load(tmp_path)
+    index.embeddings.sum()
+    assert resident_kilobytes() > 5000
+    assert index.search(index.embeddings[12_345], k=1)[0].index == 12_345
+    assert resident_kilobytes() < 100
+    assert index.search(index.embeddings[12_345], k=1)[0].index == 12_345
+
+
+def test_float16_moves_no_score_by_more_than_documented(tower, images) -> None:
+    def scores_of(dtype: torch.dtype) -> torch.Tensor:
+        index = ImageIndex.build(tower, images, dtype=dtype)
+        scores, indices = index.nearest_neighbors(images[0], k=48)
+        return scores.gather(1, indices.argsort())
+
+    assert (scores_of(torch.float16) - scores_of(torch.float32)).abs().max() < 5e-4
+
+
+def test_every_image_finds_itself_first_with_what_is_known_of_it(tower, photos: Path) -> None:
+    dataset = ImageFolder(photos)
+    index = ImageIndex.build(tower, dataset)
+    for number, (path, label) in enumerate(dataset.samples):
+        best = index.search(path, k=3)[0]
+        assert best.score == pytest.approx(1, abs=1e-5)
+        assert best == Match(best.score, number, path, label, dataset.classes[label])
+
+
+def test_a_query_may_be_of_any_kind(tower, photos: Path) -> None:
+    dataset = ImageFolder(photos)
+    index = ImageIndex.build(tower, dataset)
+    path = Path(dataset.samples[5][0])
+    image = Image.open(path)
+    array = np.asarray(image)
+    channels_first = torch.from_numpy(array.copy()).permute(2, 0, 1)
+    embedding = embed_images(tower, [image])
+    expected = [match.index for match in index.search(path, k=4)]
+    one = [str(path), image, array, channels_first, channels_first / 255, embedding[0]]
+    for query in [*one, embedding[0].double().numpy()]:
+        assert [match.index for match in index.search(query, k=4)] == expected
+    several = [[path], [image], [array], array[None], channels_first[None], embedding]
+    for queries in [*several, embedding.half(), embedding.numpy(), Subset(dataset, [5])]:
+        (found,) = index.search(queries, k=4)
+        assert [match.index for match in found] == expected
+    two_dimensional = np.asarray(image.convert("L"))
+    assert len(index.search(two_dimensional, k=4)) == 4
+    assert [len(found) for found in index.search([path, image], k=1)] == [1, 1]
+
+
+def test_search_does_not_change_the_tower_and_the_bulk_way_agrees(tower, images) -> None:
+    tower.train()
+    index = ImageIndex.build(tower, images, batch_size=7)
+    scores, indices = index.nearest_neighbors(images[0][:5], k=6)
+    assert tower.training
+    assert (scores.shape, indices.shape, indices.dtype) == ((5, 6), (5, 6), torch.int64)
+    found = index.search(images[0][:5], k=6)
+    assert [[match.index for match in row] for row in found] == indices.tolist()
+    assert [[match.score for match in row] for row in found] == scores.tolist()
+
+
+# --- What is kept ---------------------------------------------------------------------------------
+
+
+def test_rows_are_unit_and_a_zero_embedding_stays_zero() -> None:
+    images = np.zeros((3, 2, 2, 3), dtype=np.uint8)
+    images[0] = 9
+    images[2, 0] = 200
+    index = ImageIndex.build(flat_tower(), images, dtype=torch.float32)
+    torch.testing.assert_close(index.embeddings.norm(dim=1), torch.tensor([1.0, 0.0, 1.0]))
+    assert index.search(images[0], k=3)[-1] == Match(0.0, 1, None, None, None)
+
+
+def test_images_without_labels(tower, photos: Path) -> None:
+    files = sorted(photos.rglob("*.png"))
+    by_path = ImageIndex.build(tower, files)
+    assert by_path.paths == [str(file) for file in files]
+    assert by_path.search(files[3], k=1)[0].path == str(files[3])
+    opened = ImageIndex.build(tower, [Image.open(file) for file in files])
+    assert torch.equal(by_path.embeddings, opened.embeddings)
+    assert opened.paths is None
+    mixed = ImageIndex.build(tower, [Image.open(files[0]), files[1]])
+    assert mixed.paths == [None, str(files[1])]
+    for index in (by_path, opened, mixed):
+        assert (index.labels, index.class_names) == (None, None)
+        best = index.search(files[1], k=1)[0]
+        assert (best.index, best.label, best.class_name) == (1, None, None)
+
+
+def test_subsets_and_joins_keep_labels_names_and_paths(tower, photos: Path) -> None:
+    dataset = ImageFolder(photos)
+    index = ImageIndex.build(tower, Subset(dataset, [7, 2]))
+    assert index.labels is not None
+    assert index.labels.tolist() == [dataset.targets[7], dataset.targets[2]]
+    assert index.class_names == ["a", "b", "c"]
+    assert index.paths == [dataset.samples[7][0], dataset.samples[2][0]]
+    joined = ImageIndex.build(tower, ConcatDataset([dataset, Subset(dataset, [4])]))
+    assert joined.paths == [*(path for path, _ in dataset.samples), dataset.samples[4][0]]
+
+
+def test_what_it_says_of_itself(tower, images) -> None:
+    index = ImageIndex.build(tower, images)
+    assert len(index) == 48
+    assert repr(index) == "ImageIndex(48 images, embeddings of 12 float16)"
+
+
+# --- Wrong arguments ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("queries", "k", "error", "message"),
+    [
+        (rows_of(2), 21, ValueError, "`k` must be at most 20, the number of images in the index"),
+        (rows_of(2), 0, ValueError, "`k` must be at least 1, got 0"),
+        (rows_of(2), 2.5, TypeError, "`k` must be an integer, got 2.5"),
+        (rows_of(2, 23), 5, ValueError, "embedding size of the index, 24, got 23"),
+        (rows_of(2) * torch.nan, 5, ValueError, "`queries` has NaN or infinite values in 2 of 2"),
+        (torch.zeros(3, 8, 8), 5, ValueError, "loaded without a tower"),
+        ("cat.jpg", 5, ValueError, r"Give it the one.*ImageIndex.load\(folder, tower\)"),
+    ],
+)
+def test_wrong_queries(saved: Path, queries: Any, k: Any, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        ImageIndex.load(saved).search(queries, k)
+
+
+def test_wrong_images_to_build_from(tower, images, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"got the path 'photos'. List the files"):
+        ImageIndex.build(tower, "photos")
+    with pytest.raises(ValueError, match="has no images"):
+        ImageIndex.build(tower, [])
+    with pytest.raises(ValueError, match=r"Image 0 \(missing.png\) can't be read"):
+        ImageIndex.build(tower, ["missing.png"])
+    with pytest.raises(ValueError, match=r"`dtype` must be torch.float16 or torch.float32, got"):
+        ImageIndex.build(tower, images, dtype=torch.bfloat16)
+    with torch.no_grad():
+        next(tower.parameters()).fill_(torch.nan)
+    with pytest.raises(ValueError, match="`embeddings` has NaN or infinite values in 48 of 48"):
+        ImageIndex.build(tower, images)
+
+
+def test_an_unreadable_query_is_named(tower, images, tmp_path: Path) -> None:
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"Image 0 \(.*cut.png\) can't be read"):
+        ImageIndex.build(tower, images).search(tmp_path / "cut.png")
+
+
+# --- The tower ------------------------------------------------------------------------------------
+
+
+def test_a_tower_that_is_loaded_again_searches(tower, photos: Path, tmp_path: Path) -> None:
+    files = sorted(photos.rglob("*.png"))
+    index = ImageIndex.build(tower, files)
+    index.save(tmp_path / "index")
+    tower.save_pretrained(tmp_path / "tower")
+    again = ImageIndex.load(tmp_path / "index", load_tower(tmp_path / "tower"))
+    assert again.search(files[2], k=5) == index.search(files[2], k=5)
+
+
+def test_another_tower_is_refused(tower, images, tmp_path: Path) -> None:
+    ImageIndex.build(tower, images).save(tmp_path)
+    with pytest.raises(ValueError, match="`tower` is another one than the index was built with"):
+        ImageIndex.load(tmp_path, flat_tower())
+
+
+@pytest.mark.parametrize("searched_before", [False, True])
+def test_a_tower_that_was_trained_is_noticed(tower, images, searched_before: bool) -> None:
+    index = ImageIndex.build(tower, images)
+    if searched_before:
+        index.search(images[0][0])
+    embeddings = tower(torch.stack([tower.preprocess(Image.fromarray(i)) for i in images[0][:4]]))
+    embeddings.square().sum().backward()
+    # A fused optimizer changes weights behind the back of their version counters.
+    torch.optim.AdamW(tower.parameters(), lr=1e-7, fused=True).step()
+    with pytest.raises(ValueError, match=r"or was trained since.*Build the index again"):
+        index.search(images[0][0])
+    assert len(index.search(rows_of(1, 12)[0])) == 10
+
+
+def test_the_fingerprint_is_not_computed_for_every_search(tower, images, monkeypatch) -> None:
+    index = ImageIndex.build(tower, images)
+    index.search(images[0][0])
+    monkeypatch.setattr(type(tower), "fingerprint", lambda self: pytest.fail("computed again"))
+    index.search(images[0][1])
+
+
+# --- Saving and loading ---------------------------------------------------------------------------
+
+
+def test_saved_and_loaded_it_is_the_same(tower, photos: Path, tmp_path: Path) -> None:
+    index = ImageIndex.build(tower, ImageFolder(photos))
+    index.save(tmp_path / "new" / "folder")
+    again = ImageIndex.load(tmp_path / "new" / "folder", tower)
+    for name in ("class_names", "paths", "fingerprint"):
+        assert getattr(again, name) == getattr(index, name)
+    assert torch.equal(again.embeddings, index.embeddings)
+    assert torch.equal(again.labels, index.labels)
+    image = sorted(photos.rglob("*.png"))[4]
+    assert again.search(image, k=12) == index.search(image, k=12)
+    index.verify()
+    again.verify()
+
+
+def test_hostile_names_and_paths_come_back_as_they_were(tmp_path: Path) -> None:
+    fields = {"paths": [HOSTILE, None, "../../etc/passwd"], "class_names": [HOSTILE]}
+    index_of(rows_of(3), labels=torch.tensor([0, 0, 7]), **fields).save(tmp_path)
+    index = ImageIndex.load(tmp_path)
+    index.verify()
+    assert {"paths": index.paths, "class_names": index.class_names} == fields
+    matches = sorted(index.search(rows_of(1)[0], k=3), key=lambda match: match.index)
+    assert [match.class_name for match in matches] == [HOSTILE, HOSTILE, None]
+
+
+def test_an_index_is_replaced_and_other_files_stay(saved: Path) -> None:
+    (saved / "notes.txt").write_text("mine")
+    (saved / "image_index-mine.safetensors").write_text("mine too")
+    old = ImageIndex.load(saved)
+    index_of(rows_of(4, seed=5)).save(saved)
+    assert len(ImageIndex.load(saved)) == 4
+    assert (saved / "notes.txt").read_text() == "mine"
+    assert (saved / "image_index-mine.safetensors").read_text() == "mine too"
+    assert len(list(saved.iterdir())) == 4
+    # The old one is still whole in memory, and says that its files are gone.
+    torch.testing.assert_close(old.embeddings, rows_of(20).half())
+    with pytest.raises(ValueError, match=r"is another one by now. Load it again"):
+        old.verify()
+    old.save(saved)
+    assert len(ImageIndex.load(saved)) == 20
+
+
+def test_an_open_index_survives_the_deletion_of_its_folder(saved: Path) -> None:
+    index = ImageIndex.load(saved)
+    shutil.rmtree(saved)
+    assert index.search(rows_of(20)[6], k=1)[0].index == 6
+    with pytest.raises(FileNotFoundError, match=r"no image_index.json"):
+        index.verify()
+
+
+def test_others_may_read_it_as_they_may_read_any_new_file(saved: Path) -> None:
+    (saved / "any").touch()
+    assert {path.stat().st_mode for path in saved.iterdir()} == {(saved / "any").stat().st_mode}
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Writing more ends in an OSError, as on a full disk; Python ignores the signal."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize(("rows", "path_length"), [(4000, 1), (8, 20_000)])
+def test_a_full_disk_leaves_the_old_index_and_no_more(
+    saved: Path, rows: int, path_length: int
+) -> None:
+    before = {path: path.read_bytes() for path in saved.iterdir()}
+    index = index_of(rows_of(rows), paths=["x" * path_length] * rows)
+    with files_of_at_most(100_000), pytest.raises(OSError, match=r"(?i)file too large"):
+        index.save(saved)
+    assert {path: path.read_bytes() for path in saved.iterdir()} == before
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from pairclip.index import ImageIndex
+
+folder, events = Path(sys.argv[1]), ("open", "os.rename", "os.remove", "os.chmod")
+
+def index_of(count):
+    return ImageIndex(torch.eye(count), labels=None, class_names=None, paths=["x"] * count,
+                      fingerprint="none")
+
+index_of(3).save(folder)
+for kill_at in range(100):
+    pid = os.fork()
+    if pid == 0:
+        seen = 0
+        def hook(event, arguments):
+            global seen
+            if event in events and str(folder) in str(arguments[0]):
+                seen += 1
+                if seen > kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(hook)
+        index_of(4 + kill_at).save(folder)
+        os._exit(0)
+    killed = os.waitpid(pid, 0)[1] == signal.SIGKILL
+    index = ImageIndex.load(folder)
+    index.verify()
+    print(kill_at, killed, len(index))
+    if not killed:
+        break
+"""
+
+
+def test_a_kill_before_any_file_operation_leaves_an_index(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "index")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    *kills, last = [line.split() for line in done.stdout.splitlines()]
+    assert last[1] == "False"
+    assert len(kills) > 8
+    assert {killed for _, killed, _ in kills} == {"True"}
+    # At first the old index is left, and from some step on the new one.
+    is_new = [int(length) == 4 + int(kill_at) for kill_at, _, length in kills]
+    assert is_new == sorted(is_new)
+    assert is_new[-1]
+    assert int(kills[0][2]) == 3
+
+
+# --- Damage ---------------------------------------------------------------------------------------
+
+
+def test_a_cut_file_is_refused(saved: Path) -> None:
+    path = tensors_file(saved)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(
+        ValueError, match=r"image_index-\w+.safetensors' is damaged: it has \d+ bytes"
+    ):
+        ImageIndex.load(saved)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="is missing, and the index's embeddings are in it"):
+        ImageIndex.load(saved)
+
+
+def test_a_damaged_header_of_the_tensors_is_refused(saved: Path) -> None:
+    path = tensors_file(saved)
+    content = path.read_bytes()
+    path.write_bytes(content[:20] + b"\xff" + content[21:])
+    with pytest.raises(ValueError, match="safetensors' is damaged"):
+        ImageIndex.load(saved)
+    path.write_bytes(content.replace(b'"F16"', b'"I16"'))
+    with pytest.raises(ValueError, match=r"its tensors are not those that image_index.json tells"):
+        ImageIndex.load(saved)
+
+
+def test_verify_names_the_file_with_a_flipped_byte(saved: Path) -> None:
+    path = tensors_file(saved)
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{path.name}' is damaged: its checksum differs"):
+        ImageIndex.load(saved).verify()
+
+
+def test_verify_names_a_changed_json(saved: Path) -> None:
+    text = (saved / HEADER).read_text()
+    (saved / HEADER).write_text(text.replace("3.jpg", "4.jpg", 1))
+    with pytest.raises(ValueError, match=r"image_index.json' is damaged: its checksum differs"):
+        ImageIndex.load(saved).verify()
+    (saved / HEADER).write_text(json.dumps(json.loads(text), indent=1))
+    ImageIndex.load(saved).verify()
+
+
+def test_an_index_without_files_has_nothing_to_verify() -> None:
+    with pytest.raises(ValueError, match="neither saved nor loaded"):
+        index_of(rows_of(2)).verify()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ('{"format": "pairclip.Ima', "not valid JSON"),
+        ("[1]", "is no index of pairclip"),
+        ('{"name": "site"}', "is no index of pairclip"),
+        (
+            '{"format": "pairclip.ImageIndex", "version": 2}',
+            "format version 2, and this version of pairclip reads up to 1. Update pairclip",
+        ),
+        ('{"format": "pairclip.ImageIndex"}', "its field 'version' is missing or wrong"),
+    ],
+)
+def test_another_json_is_refused(saved: Path, content: str, message: str) -> None:
+    (saved / HEADER).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        ImageIndex.load(saved)
+    index_of(rows_of(2)).save(saved)
+    assert len(ImageIndex.load(saved)) == 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("version", "1"),
+        ("fingerprint", None),
+        ("num_images", 0),
+        ("embedding_dim", True),
+        ("dtype", ["float16"]),
+        ("dtype", "int8"),
+        ("has_labels", 1),
+        ("class_names", [1]),
+        ("class_names", "ant"),
+        ("paths", ["a"]),
+        ("paths", [3] * 20),
+        ("tensors", None),
+        ("tensors", {"file": "../../../etc/passwd", "bytes": 1, "sha256": "0" * 64}),
+        ("sha256", 0),
+    ],
+)
+def test_a_wrong_field_is_named(saved: Path, field: str, value: object) -> None:
+    header = json.loads((saved / HEADER).read_text())
+    (saved / HEADER).write_text(json.dumps({**header, field: value}))
+    with pytest.raises(ValueError, match=f"its field '{field}' is missing or wrong"):
+        ImageIndex.load(saved)
+
+
+def test_folders_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"has no image_index.json, so no index was saved"):
+        ImageIndex.load(tmp_path / "nothing")
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="`folder` must be a folder, got the file"):
+        index_of(rows_of(2)).save(tmp_path / "file")
