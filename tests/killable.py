@@ -464,6 +464,7 @@ def _serve() -> None:
 def _child(job: dict[str, Any], say: Callable[[str], None]) -> None:
     """Do the fit and end as a program would that does nothing else."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it may have been ignored
     signal.alarm(job.get("seconds", 120))
     status, ended_by = 0, None
     try:

@@ -393,9 +393,14 @@ def number(request) -> int:
 
 @pytest.fixture(autouse=True)
 def handlers_are_restored() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    """And are the usual ones before: pytest may itself run where Ctrl-C is ignored."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    after = {number: signal.getsignal(number) for number in usual}
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert after == usual
 
 
 @pytest.mark.parametrize("step", [1, 3, 4, 6])
