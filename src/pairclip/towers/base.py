@@ -17,7 +17,7 @@ from transformers import ImageProcessingMixin
 
 from pairclip.towers import adapters, freezing
 
-_AT_ONCE = 16
+_PIXELS_AT_ONCE = 16 * 224 * 224
 
 
 class Preprocess:
@@ -48,12 +48,15 @@ class Preprocess:
         """The pixel values of each image, value by value those of a call for each."""
         if not self.fixed:
             return [self(image) for image in images]
-        rgb = [self._rgb(image) for image in images]
         # A call has a price of its own, and large images of a long list fall out of the cache.
-        pieces = [rgb[i : i + _AT_ONCE] for i in range(0, len(rgb), _AT_ONCE)]
+        pieces: dict[int, list[Image.Image]] = {}
+        pixels = 0
+        for image in map(self._rgb, images):
+            pieces.setdefault(pixels // _PIXELS_AT_ONCE, []).append(image)
+            pixels += image.width * image.height
         return [
             pixel_values
-            for piece in pieces
+            for piece in pieces.values()
             for pixel_values in self.transform(images=piece, return_tensors="pt")["pixel_values"]
         ]
 
