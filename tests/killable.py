@@ -9,7 +9,8 @@ argument it does that alone, as a program of its own. A job is a dict:
     workers   data-loading workers
     out       where the weights, the state and the history go when the run has ended; None for not
     kill      {"operation": n}: SIGKILL before file operation n; {"torn": n}: in the middle of the
-              n-th tensor file; {"signals": [[step, signal, whole group], ...]}: after that step
+              n-th tensor file; {"signals": [[step, signal, whole group], ...]}: after that step;
+              {"stalled": step}: from then on workers wait for images, and Ctrl-C comes twice
     seconds   after which a fit counts as hanging
 """
 
@@ -23,6 +24,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -52,14 +54,17 @@ class Fits:
         """Begin a fit; returns its process once it takes steps (or has ended)."""
         self.server.stdin.write(json.dumps(job) + "\n")
         self.server.stdin.flush()
-        pid = int(self._read("pid"))
+        self.pid = int(self._read("pid"))
         self._said = self._read("going", "ended")
         self.started = time.monotonic()
-        return pid
+        return self.pid
 
     def wait(self) -> int:
         """The status of the fit: 0, an exit code, or minus the number of a signal."""
         ended = self._said if self._said.startswith("ended") else self._read("ended")
+        # A worker of torch that has only just begun does not notice that its parent was killed.
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
         return int(ended.split()[1])
 
     def run(self, **job: Any) -> int:
@@ -121,9 +126,9 @@ def killed_and_resumed(
     for number in range(kills):
         before = last_whole_step(folder)
         # So that something is left for the next kills.
-        share = 1.5 * (1 - before / whole.steps) / (kills - number)
+        share = min(0.9, 1.5 * (1 - before / whole.steps) / (kills - number))
         kill: dict[str, Any] = {}
-        wait = chance.uniform(0, min(0.9, share) * whole.seconds)
+        wait = chance.uniform(0, share * whole.seconds)
         if number % 2 == 0 and chance.random() < 0.3:
             kill = {"torn": chance.randrange(2)}
         elif number % 2 == 0:
@@ -343,6 +348,7 @@ RUNS = {"everything": _everything, "random sampler": _random_sampler, "pairs": _
 
 
 def _fit(job: dict[str, Any], say: Callable[[str], None]) -> None:
+    import numpy as np
     import torch
     from safetensors.torch import save_file
 
@@ -365,13 +371,27 @@ def _fit(job: dict[str, Any], say: Callable[[str], None]) -> None:
         def on_step(self, fit: Any) -> None:
             with open(folder / "steps", "a") as file:
                 file.write(f"{fit.step}\n")
+            if fit.step == job["kill"].get("stalled"):
+                (folder / "stalled").touch()
+                for seconds in (0.5, 1.0):
+                    threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
             if fit.step in signals:
                 number, group = signals[fit.step]
-                (os.killpg if group else os.kill)(os.getpid(), number)
+                # From another process: workers of torch look at who sends it.
+                target = f"-{os.getpgrp()}" if group else str(os.getpid())
+                command = ["kill", f"-{number}", "--", target]
+                subprocess.run(command, check=True, start_new_session=True)
 
     dataset, eval_every = settings.pop("dataset"), settings.pop("eval_every")
+    if "stalled" in job["kill"]:
+        dataset = _Stalling(dataset, folder / "stalled")
     settings["callbacks"] = [*settings.get("callbacks", ()), Watch()]
     arguments = {name: settings.pop(name) for name in ("sampler", "batch_size") if name in settings}
+    # Nothing of a run may follow from what the program drew before it.
+    chance = time.time_ns() % 2**32
+    random.seed(chance)
+    np.random.seed(chance)  # noqa: NPY002
+    torch.manual_seed(chance)
     history = Finetuner(tower, loss, **settings).fit(
         dataset,
         **arguments,
@@ -395,6 +415,22 @@ def _fit(job: dict[str, Any], say: Callable[[str], None]) -> None:
     last = newest_checkpoint(folder / "saved")
     for name in ("weights.safetensors", "training.safetensors", "state.json"):
         (out / name).write_bytes((last.folder / name).read_bytes())
+
+
+class _Stalling:
+    """A dataset that workers wait for once a file is there, as for a disk in the network."""
+
+    def __init__(self, dataset: Any, stalled: Path) -> None:
+        self.dataset, self.stalled, self.process = dataset, stalled, os.getpid()
+        self.targets, self.classes = dataset.targets, dataset.classes
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        if os.getpid() != self.process and self.stalled.exists():
+            time.sleep(20)
+        return self.dataset[index]
 
 
 class _Operations:

@@ -115,6 +115,8 @@ def plain_tower(
 class Settings:
     """A fit, to be changed before it is done."""
 
+    runs = 0
+
     def __init__(self, directory: Path | None = None) -> None:
         self.tower = plain_tower()
         self.loss: Any = LOSS
@@ -125,6 +127,10 @@ class Settings:
             self.fit |= {"checkpoint_dir": directory, "checkpoint_every": 2, "resume": True}
 
     def run(self, *more: Callback) -> Any:
+        # Nothing of a run may follow from what the program drew before it.
+        Settings.runs += 1
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(Settings.runs)
         settings = {**self.finetuner, "callbacks": [*self.finetuner.get("callbacks", ()), *more]}
         return Finetuner(self.tower, self.loss, **settings).fit(self.data, **self.fit)
 
@@ -620,6 +626,15 @@ def test_a_signal_to_the_whole_process_group_with_workers(
     steps = [int(line) for line in (folder / "steps").read_text().split()]
     assert steps == list(range(1, 15))
     assert killable.different_files(whole.out, folder / "out") == []
+
+
+def test_a_second_signal_ends_a_program_whose_workers_are_stalled(
+    fits: killable.Fits, tmp_path: Path
+) -> None:
+    job = {"run": "everything", "steps": 99, "workers": 1, "folder": str(tmp_path), "out": None}
+    assert fits.run(**job, kill={"stalled": 4}, seconds=12) == 128 + signal.SIGINT
+    # A worker may have been a few batches ahead.
+    assert newest_checkpoint(tmp_path / "saved").step in (3, 6)
 
 
 def test_a_program_of_its_own_ends_quietly_with_143(tmp_path: Path) -> None:

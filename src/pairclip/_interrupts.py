@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -18,6 +20,8 @@ class StopSignals:
 
     def __init__(self, *, active: bool) -> None:
         self.caught: int | None = None
+        # Shared with the workers: whether the block has been left.
+        self.left: Any = multiprocessing.RawValue("b", 0)
         self._active = active and threading.current_thread() is threading.main_thread()
         self._previous: dict[int, Any] = {}
 
@@ -34,6 +38,7 @@ class StopSignals:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.left.value = 1
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -49,11 +54,17 @@ class StopSignals:
         raise SystemExit(128 + (self.caught or signal.SIGTERM))
 
 
-def ignore_stop_signals(worker: int) -> None:
-    """Leave stopping to the main process, for the workers of a `DataLoader`.
+def leave_stopping_to_main(worker: int, *, left: Any) -> None:
+    """For the workers of a `DataLoader`: signals to the whole process group are not for them.
 
-    The first SIGTERM is the one that the whole process group got. A second one is the main
-    process's own: it would wait forever for a worker that ignores it and hangs.
+    A SIGTERM after the fit is: so the main process ends workers that hang, and it would wait
+    forever for one that ignores it.
     """
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        if left.value:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+    signal.signal(signal.SIGTERM, terminate)

@@ -111,6 +111,11 @@ def newest_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint | None:
 
     Warns:
         UserWarning: For each damaged checkpoint, saying what is wrong with it.
+
+    Example:
+        >>> from pairclip import newest_checkpoint
+        >>> newest_checkpoint("a folder that is not there") is None
+        True
     """
     for step, folder in sorted(_folders(directory), reverse=True):
         checkpoint = _whole(step, folder)
@@ -133,6 +138,11 @@ def best_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint | None:
 
     Warns:
         UserWarning: For each damaged checkpoint, saying what is wrong with it.
+
+    Example:
+        >>> from pairclip import best_checkpoint
+        >>> best_checkpoint("a folder that is not there") is None
+        True
     """
     whole = [_whole(step, folder) for step, folder in _folders(directory)]
     rated = [c for c in whole if c is not None and c.figure is not None]

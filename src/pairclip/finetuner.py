@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from pairclip._batches import (
     default_sampler,
 )
 from pairclip._exact_step import Loss
-from pairclip._interrupts import StopSignals, ignore_stop_signals
+from pairclip._interrupts import StopSignals, leave_stopping_to_main
 from pairclip._loop import Loop
 from pairclip._run import (
     OptimizerFactory,
@@ -311,6 +312,7 @@ class Finetuner:
                 identity=identity_of(run, items, fit.config, self.callbacks),
             )
             saver.resume(wanted=resume)
+        signals = StopSignals(active=saver is not None)
         loader = DataLoader(
             items,
             batch_sampler=RunBatches(
@@ -323,10 +325,11 @@ class Finetuner:
             ),
             num_workers=num_workers,
             pin_memory=accelerator.device.type == "cuda",
-            worker_init_fn=None if saver is None else ignore_stop_signals,
+            worker_init_fn=None
+            if saver is None
+            else partial(leave_stopping_to_main, left=signals.left),
             generator=torch.Generator().manual_seed(self.seed),
         )
-        signals = StopSignals(active=saver is not None)
         loop = Loop(
             run,
             fit,
