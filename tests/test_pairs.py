@@ -74,8 +74,7 @@ def test_bounds_hold_and_are_needed_in_wide_bins(width: float) -> None:
     rows, labels = sample()
     search = _blocks.prepare(rows.double(), labels)
     counts = _pairs.PairCounts(search, -1.0, width)
-    for block in _blocks.blocks(search, search.rows()):
-        counts.add(block)
+    counts.add_all(search.rows())
     found = _pairs._separation(search, counts)
     scores, same = pairs_of(rows, labels)
     assert_within_bounds(found, scores, same)

@@ -2,7 +2,9 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from pytorch_metric_learning.utils.inference import CustomKNN
 from sklearn.metrics import average_precision_score
 from sklearn.neighbors import KNeighborsClassifier
 
-from pairclip import _blocks, retrieval
+from pairclip import _blocks, _ranking, retrieval
 from pairclip.retrieval import (
     Figures,
     all_figures,
@@ -229,7 +231,9 @@ def test_equal_rows_have_equal_similarities_wherever_they_stand(count: int, widt
     kinds = torch.randint(max(2, count // 9), (count,), generator=generator)
     rows = torch.randn(count, width, generator=generator)[kinds]
     search = _blocks.prepare(rows, kinds, rows, kinds)
-    scores = torch.cat([b.scores.clone() for b in _blocks.blocks(search, torch.arange(count))])
+    scores = torch.cat(
+        [*_blocks.over_blocks(search, torch.arange(count), lambda block: block.scores.clone())]
+    )
     first = torch.stack([(kinds == kind).nonzero()[0, 0] for kind in kinds])
     assert torch.equal(scores[:, :count], scores[:, first])
     assert torch.equal(scores, scores[first])
@@ -353,3 +357,68 @@ def test_wrong_arguments_are_named() -> None:
     rows[3] = float("inf")
     with pytest.raises(ValueError, match="`embeddings` has NaN or infinite values in 1 of 10"):
         retrieval.recall_at_k(rows, labels)
+
+
+def test_ranks_off_the_cpu_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, labels = sample(300)
+    rows[40:60] = rows[80:100]
+    expected = all_figures(rows, labels)
+    monkeypatch.setattr(_ranking, "_on_cpu", lambda tensor: False)
+    assert_figures_equal(all_figures(rows, labels), expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ranks_are_counted_whatever_the_scores(dtype: torch.dtype) -> None:
+    values = [-1.0, -0.5, -1e-30, -0.0, 0.0, 1e-30, 0.5, 1.0, 1.0000001, torch.finfo(dtype).tiny]
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.tensor(values, dtype=dtype)[torch.randint(10, (70, 50), generator=generator)]
+    scores[:, 49] = _blocks.NO_ITEM
+    members = torch.full((70, 7), 49)
+    for row, count in enumerate(torch.randint(8, (70,), generator=generator)):
+        members[row, :count] = torch.randperm(49, generator=generator)[:count]
+    ranks = _ranking.rank(_blocks.Block(torch.arange(70), scores.clone(), members))
+    relevant = torch.zeros(70, 50, dtype=torch.bool).scatter_(1, members, True)
+    relevant[:, 49] = False
+    assert torch.equal(ranks.total, relevant.sum(dim=1).double())
+    for row in range(70):
+        own = scores[row, relevant[row]].sort().values
+        expected = (
+            (scores[row] > own[:, None]).sum(dim=1),
+            (scores[row] == own[:, None]).sum(dim=1),
+            (own > own[:, None]).sum(dim=1),
+            (own == own[:, None]).sum(dim=1),
+        )
+        for found, wanted in zip(ranks, expected, strict=False):
+            assert found[row, 7 - len(own) :].tolist() == wanted.tolist()
+        assert ranks.above[row, : 7 - len(own)].isinf().all()
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_threads_change_nothing_and_are_given_back(two_threads: None) -> None:
+    rows, labels = sample(700)
+    found = all_figures(rows, labels)
+    assert torch.get_num_threads() == 2
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == 2
+    torch.set_num_threads(1)
+    expected = all_figures(rows, labels)
+    assert_figures_equal(found, expected, atol=0, rtol=0)
+    assert asdict(found.separation) == pytest.approx(asdict(expected.separation), rel=1e-12)
+
+
+def test_an_error_in_a_block_comes_through_and_threads_are_given_back(two_threads: None) -> None:
+    search = _blocks.prepare(*sample(2000))
+
+    def fail(block: _blocks.Block) -> None:
+        raise MemoryError(f"at {block.rows[0]}")
+
+    with pytest.raises(MemoryError, match="at 0"):
+        list(_blocks.over_blocks(search, search.rows(), fail))
+    assert torch.get_num_threads() == 2

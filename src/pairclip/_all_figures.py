@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pairclip._blocks import Search, blocks, prepare
+from pairclip._blocks import Block, Search, over_blocks, prepare
 from pairclip._pairs import PairCounts, PairSeparation, separate
 from pairclip._ranking import (
     Ranks,
@@ -60,30 +60,34 @@ def all_figures(
     rows, left_out = _findable(search)
     counts = PairCounts(search) if separation else None
     if counts is not None:
-        for block in blocks(search, left_out):
-            counts.add(block)
+        counts.add_all(left_out)
     knn, neighbors = (min(k, len(search.items) - int(search.own)) for k in (knn, neighbors))
-    per_query: list[Tensor] = []
-    for block in blocks(search, rows):
+
+    def figures(block: Block) -> tuple[Tensor, ...]:
         if counts is not None:
             counts.add(block)
-        ranks = rank(block)
         scores, columns = highest(block.scores, max(neighbors, knn + 1))
-        of_block = (
+        correct = vote(search, block, (scores, columns), knn)
+        ranks = rank(block)  # last: it overwrites the scores
+        return (
+            block.rows,
             torch.stack([hit(ranks, k) for k in ks], dim=1),
             torch.stack([precision(ranks, k) for k in ks], dim=1),
             r_precision(ranks),
             map_at_r(ranks),
             average_precision(ranks),
-            vote(search, block, (scores, columns), knn),
+            correct,
             columns[:, :neighbors],
             scores[:, :neighbors].float().clamp(-1, 1),
         )
+
+    per_query: list[Tensor] = []
+    for of_rows, *of_block in over_blocks(search, rows, figures):
         # Small tensors kept from each block would leave holes too small for those of the next.
         if not per_query:
             per_query = [x.new_empty(len(search.queries), *x.shape[1:]) for x in of_block]
         for whole, part in zip(per_query, of_block, strict=True):
-            whole[block.rows] = part
+            whole[of_rows] = part
     rows = rows.sort().values
     return Figures(
         None if counts is None else separate(search, counts),
@@ -119,4 +123,4 @@ def mean(
     """Mean of one figure over all queries that count."""
     search = prepare(embeddings, labels, queries, query_labels)
     rows, _ = _findable(search)
-    return float(torch.cat([figure(rank(block)) for block in blocks(search, rows)]).mean())
+    return float(torch.cat([*over_blocks(search, rows, lambda block: figure(rank(block)))]).mean())

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from pairclip import _checks
 
+T = TypeVar("T")
+
 # Similarities that are looked at in one block, and the most queries in it.
 _BLOCK_CELLS = 1 << 23
 _BLOCK_ROWS = 256
+# Blocks that are looked at at once, each of which takes up to about 150 MB.
+_MOST_WORKERS = 16
 # Products of few rows or of a ragged last piece are added up in another order, and then equal
 # items have unequal similarities. So no matrix product ends in such a piece.
 _ROWS, _COLUMNS = 16, 64
 
+# Below every cosine; within -2 and 2, as ranking needs it.
+NO_ITEM = -1.5
 _NAMES = ("embeddings", "labels", "queries", "query_labels")
 
 
@@ -50,7 +57,7 @@ class Block(NamedTuple):
     """Similarities of some queries with all items."""
 
     rows: Tensor  # [b] which queries
-    scores: Tensor  # [b, n], -inf where there is no item: at the query itself and from N on
+    scores: Tensor  # [b, n], NO_ITEM where none is: at the query itself and from N on
     members: Tensor  # [b, r] columns of the query's class, itself included, filled with N
 
 
@@ -100,22 +107,47 @@ def _places(ids: Tensor, labels: Tensor) -> Tensor:
     return places.where(known, len(ids))
 
 
-def blocks(search: Search, rows: Tensor) -> Iterator[Block]:
-    """Similarities of these queries with all items. The next block overwrites the last."""
+def over_blocks(search: Search, rows: Tensor, work: Callable[[Block], T]) -> Iterator[T]:
+    """What `work` makes of the similarities of these queries with all items, block by block.
+
+    On the CPU several threads work at once, each on blocks of its own and with one thread of
+    torch: so none waits for another. A block may be overwritten, and is by the next.
+    """
     count, items = len(search.items), search.padded
-    columns, width = items.shape
-    size = min(max(_BLOCK_CELLS // columns, 1), _BLOCK_ROWS, max(len(rows), 1))
+    size = min(max(_BLOCK_CELLS // len(items), 1), _BLOCK_ROWS, max(len(rows), 1))
     size = -(-size // _ROWS) * _ROWS
-    queries, scores = items.new_zeros(size, width), items.new_empty(size, columns)
-    for of_block in rows.split(size) if len(rows) else ():
+    parts = rows.split(size) if len(rows) else ()
+    threads = torch.get_num_threads()
+    workers = min(threads, _MOST_WORKERS, len(parts)) if items.device.type == "cpu" else 1
+    spare = [
+        (items.new_zeros(size, items.shape[1]), items.new_empty(size, len(items)))
+        for _ in range(workers)
+    ]
+
+    def run(of_block: Tensor) -> T:
+        queries, scores = buffers = spare.pop()
         queries[: len(of_block)] = search.queries[of_block]
         with torch.autocast(items.device.type, enabled=False):
             torch.mm(queries, items.T, out=scores)
         found = scores[: len(of_block)]
-        found[:, count:] = -torch.inf
+        found[:, count:] = NO_ITEM
         if search.own:
-            found.scatter_(1, of_block[:, None], -torch.inf)
-        yield Block(of_block, found, _members(search, of_block))
+            found.scatter_(1, of_block[:, None], NO_ITEM)
+        try:
+            return work(Block(of_block, found, _members(search, of_block)))
+        finally:
+            spare.append(buffers)
+
+    if workers <= 1:
+        yield from map(run, parts)
+        return
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield from pool.map(run, parts)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        # What a thread sets is also what threads that come after it start with.
+        torch.set_num_threads(threads)
 
 
 def _members(search: Search, rows: Tensor) -> Tensor:
@@ -125,4 +157,5 @@ def _members(search: Search, rows: Tensor) -> Tensor:
     inside = place < counts
     # Outside, any valid place will do.
     place = (search.starts[classes][:, None] + place).where(inside, 0)
-    return search.by_class[place].where(inside, len(search.items))
+    members = search.by_class.index_select(0, place.flatten()).view_as(place)
+    return members.where(inside, len(search.items))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from threading import Lock
 
 import torch
 from torch import Tensor
 
-from pairclip._blocks import Block, Search, blocks
+from pairclip._blocks import Block, Search, over_blocks
 from pairclip._ranking import expected_precision, harmonic
 from pairclip.similarity import class_sums
 
@@ -66,6 +67,7 @@ class PairCounts:
         self._search = search
         self._all: Tensor = search.counts.new_zeros(BINS)
         self.same: Tensor = search.counts.new_zeros(BINS)
+        self._adding = Lock()
 
     @property
     def different(self) -> Tensor:
@@ -80,8 +82,15 @@ class PairCounts:
         if self._search.own:
             columns = torch.arange(bins.shape[1], device=bins.device)
             bins.masked_fill_(columns <= block.rows[:, None], BINS)
-        self._all += _counts(bins)
-        self.same += _counts(bins.gather(1, block.members))
+        every, same = _counts(bins), _counts(bins.gather(1, block.members))
+        with self._adding:
+            self._all += every
+            self.same += same
+
+    def add_all(self, rows: Tensor) -> None:
+        """Count the pairs of all these queries."""
+        for _ in over_blocks(self._search, rows, self.add):
+            pass
 
     def coarse(self, bins: int = 200) -> tuple[Tensor, Tensor, Tensor]:
         """Edges of fewer bins, float64, and the pairs of one class and of two in each, int64."""
@@ -126,8 +135,7 @@ def separate(search: Search, counts: PairCounts) -> PairSeparation:
         finer = counts.finer()
         if finer.width >= counts.width:
             break
-        for block in blocks(search, search.rows()):
-            finer.add(block)
+        finer.add_all(search.rows())
         counts, found = finer, _separation(search, finer)
     return found
 

@@ -7,7 +7,6 @@ scores"), so that a collapsed tower gets what chance gives it, whatever the orde
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +15,9 @@ from torch import Tensor
 
 from pairclip._blocks import Block, Search
 
+# Rows sorted at once on one thread: few enough for the processor's cache.
+_ROWS = 32
+
 
 class Ranks(NamedTuple):
     """Where the relevant items of each query stand among all; its best one is the last.
@@ -23,70 +25,113 @@ class Ranks(NamedTuple):
     All are float64, so that no figure needs to convert them.
     """
 
-    above: Tensor  # [b, r] items of a higher score
+    above: Tensor  # [b, r] items of a higher score; infinite in front, with fewer than r relevant
     tied: Tensor  # [b, r] items of the same score, itself included
     found: Tensor  # [b, r] relevant items of a higher score
     found_tied: Tensor  # [b, r] relevant items of the same score, itself included
-    counted: Tensor  # [b, r] bool: False in front, where a query has fewer relevant items
     total: Tensor  # [b] relevant items
 
 
 def rank(block: Block) -> Ranks:
-    """Rank the relevant items of each query, from one sort of its scores."""
-    scores = _ascending(block.scores)
-    relevant = _ascending(block.scores.gather(1, block.members))
-    found, found_tied = _runs(relevant)
-    last = torch.searchsorted(scores, relevant, right=True)
-    tied = _tied(scores, relevant, found_tied, last)
-    counted = relevant > -torch.inf
-    return Ranks(
-        above=(scores.shape[1] - last).double(),
-        tied=tied.double(),
-        found=found.double(),
-        found_tied=found_tied.double(),
-        counted=counted,
-        total=counted.sum(dim=1).double(),
+    """Rank the relevant items of each query, from one sort, which overwrites the scores."""
+    ordered, places, tied = _ascending(block)
+    rows, width = ordered.shape
+    stops = torch.arange(1, rows + 1, device=ordered.device) * width
+    counts = torch.searchsorted(places, stops).diff(prepend=stops.new_zeros(1))
+    most = int(counts.max())
+    column = torch.arange(most, device=ordered.device)
+    counted = column >= most - counts[:, None]
+    at = torch.full_like(counted, -torch.inf, dtype=torch.float64)
+    above = stops[:, None] - 1 - at.masked_scatter_(counted, places.double())
+    ranks = Ranks(
+        above=above,
+        tied=torch.ones_like(above),
+        found=(most - 1 - column).double().repeat(rows, 1),
+        found_tied=torch.ones_like(above),
+        total=counts.double(),
     )
+    _count_ties(ranks, ordered, places, tied)
+    return ranks
 
 
-def _ascending(scores: Tensor) -> Tensor:
-    if scores.device.type != "cpu":
-        return scores.sort(dim=1).values
-    # NumPy sorts with SIMD instructions, about 30 times as fast as torch.
-    ordered = scores.contiguous().numpy().copy()
-    parts = np.array_split(ordered, torch.get_num_threads())
-    with ThreadPoolExecutor(len(parts)) as pool:
-        list(pool.map(lambda part: part.sort(axis=1), parts))
-    return torch.from_numpy(ordered)
+def _ascending(block: Block) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys of each query's items, ascending, and of the relevant ones two things.
+
+    A key is an integer that orders as the score does, times two, and one more for a relevant
+    item: equal scores stay together, and one sort says where the relevant ones are. The keys take
+    the place of the scores.
+
+    Returns:
+        The keys, ``[b, n]``; the places in the flat keys of the relevant items, ascending; whether
+        each has the same score as the item before it.
+    """
+    scores = block.scores
+    keys = scores.view(torch.int64 if scores.dtype == torch.float64 else torch.int32)
+    size = _ROWS if _on_cpu(scores) else len(scores)
+    split = (each.split(size) for each in (scores, keys, block.members))
+    parts = [_sort(*part) for part in zip(*split, strict=True)]
+    starts = range(0, keys.numel(), size * keys.shape[1])
+    places = torch.cat([start + part[0] for start, part in zip(starts, parts, strict=True)])
+    return keys, places, torch.cat([part[1] for part in parts])
 
 
-def _runs(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """How many scores of its ascending row are above each one, and how many equal it."""
-    first = torch.ones_like(scores, dtype=torch.bool)
-    first[:, 1:] = scores[:, 1:] != scores[:, :-1]
-    starts = first.flatten().nonzero()[:, 0]
-    stops = torch.cat([starts[1:], starts.new_full((1,), scores.numel())])
-    run = first.flatten().cumsum(0).view_as(scores) - 1
-    rows, width = scores.shape
-    row_stops = width * torch.arange(1, rows + 1, device=scores.device)[:, None]
-    return row_stops - stops[run], (stops - starts)[run]
+def _on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
-def _tied(scores: Tensor, relevant: Tensor, found_tied: Tensor, last: Tensor) -> Tensor:
-    """How many ascending scores equal each relevant one, which `found_tied` relevant ones do."""
-    before = (last - found_tied - 1).clamp_min(0)
-    others = scores.gather(1, before) == relevant
-    if not others.any():
-        return found_tied
-    # Few are tied with others, so only these are searched for: in front of a row each.
-    row, column = others.nonzero(as_tuple=True)
-    place = others.cumsum(dim=1)[row, column] - 1
-    wanted = relevant.new_zeros(len(relevant), int(place.max()) + 1)
-    wanted[row, place] = relevant[row, column]
-    first = torch.searchsorted(scores, wanted)
-    tied = found_tied.clone()
-    tied[row, column] = last[row, column] - first[row, place]
-    return tied
+def _sort(scores: Tensor, keys: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
+    # Of numbers between -2 and 2, the bits become even integers of the same order.
+    scores += 0  # -0.0 becomes 0.0
+    width = 8 * keys.itemsize - 1
+    keys ^= (keys >> width).bitwise_and_(2**width - 1)
+    keys <<= 1
+    mine = keys.gather(1, members)
+    keys.scatter_(1, members, mine | (mine > keys[:, -1:]))
+    flat = keys.flatten()
+    if _on_cpu(keys):
+        # NumPy sorts with SIMD instructions, about 30 times as fast as torch.
+        keys.numpy().sort(axis=1)
+        places = torch.from_numpy(np.flatnonzero((flat & 1).bool().numpy()))
+    else:
+        keys.copy_(keys.sort(dim=1).values)
+        places = (flat & 1).nonzero()[:, 0]
+    mine, before = (flat.index_select(0, places - step) >> 1 for step in (0, 1))
+    return places, mine == before
+
+
+def _count_ties(ranks: Ranks, ordered: Tensor, places: Tensor, tied: Tensor) -> None:
+    """Correct the ranks of items of equal score, which have so far been told apart."""
+    if not tied.any():
+        return
+    rows, width = ordered.shape
+    flat = ordered.flatten()
+    # The first of a run is not like the one before it. One too many does no harm.
+    several = tied.clone()
+    several[:-1] |= tied[1:]
+    which = several.nonzero()[:, 0]
+    row, keys = places[which] // width, flat[places[which]]
+    first = torch.ones_like(row, dtype=torch.bool)
+    first[1:] = (row[1:] != row[:-1]) | (keys[1:] != keys[:-1])
+    starts = first.nonzero()[:, 0]
+    lengths = starts.diff(append=starts.new_full((1,), len(row)))
+    # How many items are below, by a search for one place in front of the row for each run.
+    of_run = row[starts]
+    place = torch.arange(len(starts), device=row.device) - torch.searchsorted(of_run, of_run)
+    wanted = ordered.new_zeros(rows, int(place.max()) + 1)
+    wanted[of_run, place] = keys[starts] - 1
+    below = torch.searchsorted(ordered, wanted)[of_run, place]
+    # Relevant items stand behind the others of their score: the last one has the rank of all.
+    counts = ranks.total.long()
+    column = which - (counts.cumsum(0) - ranks.above.shape[1])[row]
+    last = column[starts + lengths - 1]
+    above = ranks.above[of_run, last]
+    for figure, value in (
+        (ranks.above, above),
+        (ranks.tied, width - above - below),
+        (ranks.found, ranks.found[of_run, last]),
+        (ranks.found_tied, lengths),
+    ):
+        figure[row, column] = value.double().repeat_interleave(lengths)
 
 
 def hit(ranks: Ranks, k: int) -> Tensor:
@@ -118,8 +163,7 @@ def r_precision(ranks: Ranks) -> Tensor:
 
 def _expected_within(ranks: Ranks, places: Tensor) -> Tensor:
     """Expected number of relevant items in the first places."""
-    share = _places_within(ranks, places) / ranks.tied
-    return share.where(ranks.counted, 0).sum(dim=1)
+    return (_places_within(ranks, places) / ranks.tied).sum(dim=1)
 
 
 def _places_within(ranks: Ranks, places: Tensor) -> Tensor:
@@ -138,8 +182,7 @@ def map_at_r(ranks: Ranks) -> Tensor:
 
 
 def _precision_within(ranks: Ranks, places: Tensor) -> Tensor:
-    found = expected_precision(*ranks[:4], places)
-    return found.where(ranks.counted, 0).sum(dim=1) / ranks.total
+    return expected_precision(*ranks[:4], places).sum(dim=1) / ranks.total
 
 
 def expected_precision(
@@ -152,8 +195,8 @@ def expected_precision(
     is returned for each of the r, that is, divided by r.
     """
     expected = (found + 1) / (above + 1) * (places / tied)
-    several = places > 1
-    if several.any():
+    several = (places > 1).nonzero(as_tuple=True)
+    if len(several[0]):
         n, t, m, r, stop = (part[several] for part in (above, tied, found, found_tied, places))
         inverse = harmonic(n + stop) - harmonic(n)  # sum of 1 / (n + j)
         more = (r - 1) / (t - 1)

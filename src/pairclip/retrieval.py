@@ -14,7 +14,7 @@ import torch
 
 from pairclip import _checks, _ranking
 from pairclip._all_figures import Figures as Figures, all_figures as all_figures, mean
-from pairclip._blocks import blocks, prepare
+from pairclip._blocks import over_blocks, prepare
 from pairclip._pairs import PairCounts, PairSeparation as PairSeparation, separate
 from pairclip.similarity import highest
 
@@ -229,11 +229,12 @@ def knn_accuracy(
         raise ValueError(f"`k` must be at most the number of items, got {k} for {len(train)}.")
     if not len(search.queries):
         raise ValueError("`test` must have at least one row, got none.")
-    correct = [
-        _ranking.vote(search, block, highest(block.scores, k + 1), k)
-        for block in blocks(search, search.rows())
-    ]
-    return float(torch.cat(correct).mean())
+    correct = over_blocks(
+        search,
+        search.rows(),
+        lambda block: _ranking.vote(search, block, highest(block.scores, k + 1), k),
+    )
+    return float(torch.cat([*correct]).mean())
 
 
 def pair_separation(embeddings: Any, labels: Any) -> PairSeparation:
@@ -265,6 +266,5 @@ def pair_separation(embeddings: Any, labels: Any) -> PairSeparation:
     """
     search = prepare(embeddings, labels)
     counts = PairCounts(search)
-    for block in blocks(search, search.rows()):
-        counts.add(block)
+    counts.add_all(search.rows())
     return separate(search, counts)
