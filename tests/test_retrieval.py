@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from pairclip.retrieval import (
     precision_at_k,
     r_precision,
     recall_at_k,
+    retrieval_figures,
 )
 
 FIGURES = (recall_at_k, precision_at_k, r_precision, map_at_r, mean_average_precision)
@@ -367,30 +369,73 @@ def test_ranks_off_the_cpu_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     assert_figures_equal(all_figures(rows, labels), expected, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("first", [None, 1, 3, 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_ranks_are_counted_whatever_the_scores(dtype: torch.dtype) -> None:
+def test_ranks_are_counted_whatever_the_scores(dtype: torch.dtype, first: int | None) -> None:
     values = [-1.0, -0.5, -1e-30, -0.0, 0.0, 1e-30, 0.5, 1.0, 1.0000001, torch.finfo(dtype).tiny]
     generator = torch.Generator().manual_seed(0)
     scores = torch.tensor(values, dtype=dtype)[torch.randint(10, (70, 50), generator=generator)]
+    # Some rows are without ties, so that a cut is found.
+    scores[:64] += 1e-3 * torch.rand(64, 50, dtype=dtype, generator=generator)
     scores[:, 49] = _blocks.NO_ITEM
     members = torch.full((70, 7), 49)
     for row, count in enumerate(torch.randint(8, (70,), generator=generator)):
         members[row, :count] = torch.randperm(49, generator=generator)[:count]
-    ranks = _ranking.rank(_blocks.Block(torch.arange(70), scores.clone(), members))
     relevant = torch.zeros(70, 50, dtype=torch.bool).scatter_(1, members, True)
     relevant[:, 49] = False
-    assert torch.equal(ranks.total, relevant.sum(dim=1).double())
+    total = relevant.sum(dim=1)
+    block = _blocks.Block(torch.arange(70), scores.clone(), members)
+    ranks = _ranking.rank(block, total, first)
+    assert torch.equal(ranks.total, total.double())
+    width = ranks.above.shape[1]
     for row in range(70):
         own = scores[row, relevant[row]].sort().values
-        expected = (
-            (scores[row] > own[:, None]).sum(dim=1),
-            (scores[row] == own[:, None]).sum(dim=1),
-            (own > own[:, None]).sum(dim=1),
-            (own == own[:, None]).sum(dim=1),
+        expected = torch.stack(
+            [
+                (scores[row] > own[:, None]).sum(dim=1),
+                (scores[row] == own[:, None]).sum(dim=1),
+                (own > own[:, None]).sum(dim=1),
+                (own == own[:, None]).sum(dim=1),
+            ]
         )
-        for found, wanted in zip(ranks, expected, strict=False):
-            assert found[row, 7 - len(own) :].tolist() == wanted.tolist()
-        assert ranks.above[row, : 7 - len(own)].isinf().all()
+        given = torch.stack(ranks[:4])[:, row, max(0, width - len(own)) :]
+        within = given.shape[1] - int(given[0].isinf().sum())
+        assert torch.equal(
+            given[:, given.shape[1] - within :], expected[:, len(own) - within :].double()
+        )
+        assert ranks.above[row, : width - within].isinf().all()
+        assert (expected[0, : len(own) - within] >= (first or 50)).all()
+
+
+@pytest.mark.parametrize("collapsed", [0, 30, 120])
+def test_figures_together_are_those_of_each_function(collapsed: int) -> None:
+    rows, labels = sample()
+    rows[:collapsed] = rows[0]
+    queries, query_labels = sample(40, seed=1)
+    gallery = {"queries": queries, "query_labels": query_labels}
+    for options in ({}, gallery):
+        expected = {
+            "recall_at_3": recall_at_k(rows, labels, k=3, **options),
+            "precision_at_200": precision_at_k(rows, labels, k=200, **options),
+            "r_precision": r_precision(rows, labels, **options),
+            "map_at_r": map_at_r(rows, labels, **options),
+            "mean_average_precision": mean_average_precision(rows, labels, **options),
+        }
+        found = retrieval_figures(rows, labels, list(expected), **options)
+        assert list(found) == list(expected)
+        assert found == pytest.approx(expected, abs=1e-12)
+        ones = {name: retrieval_figures(rows, labels, [name], **options)[name] for name in expected}
+        assert ones == pytest.approx(expected, abs=1e-12)
+    every = all_figures(rows, labels)
+    assert r_precision(rows, labels) == pytest.approx(float(every.r_precision.mean()), abs=1e-12)
+    assert map_at_r(rows, labels) == pytest.approx(float(every.map_at_r.mean()), abs=1e-12)
+    assert recall_at_k(rows, labels, k=5) == pytest.approx(float(every.recall[:, 1].mean()))
+
+
+@pytest.mark.parametrize("include", ["map_at_r", (), ["recall_at_0"], ["recall"], ["knn"], [5]])
+def test_unknown_figures_are_refused(include: Any) -> None:
+    with pytest.raises(ValueError, match=r"^`include` "):
+        retrieval_figures(*sample(), include)
 
 
 @pytest.fixture

@@ -73,6 +73,7 @@ if TYPE_CHECKING:
         precision_at_k as precision_at_k,
         r_precision as r_precision,
         recall_at_k as recall_at_k,
+        retrieval_figures as retrieval_figures,
     )
     from pairclip.samplers import (
         ClassBalancedSampler as ClassBalancedSampler,
@@ -106,6 +107,7 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
         "precision_at_k",
         "r_precision",
         "recall_at_k",
+        "retrieval_figures",
     ),
     "datasets": ("LabelledImages", "class_names_of", "labels_of"),
     "towers": ("VisionTower", "interpolate", "layer_decay", "load_tower"),

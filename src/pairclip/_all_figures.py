@@ -63,12 +63,14 @@ def all_figures(
         counts.add_all(left_out)
     knn, neighbors = (min(k, len(search.items) - int(search.own)) for k in (knn, neighbors))
 
+    relevant = search.relevant()
+
     def figures(block: Block) -> tuple[Tensor, ...]:
         if counts is not None:
             counts.add(block)
         scores, columns = highest(block.scores, max(neighbors, knn + 1))
         correct = vote(search, block, (scores, columns), knn)
-        ranks = rank(block)  # last: it overwrites the scores
+        ranks = rank(block, relevant[block.rows])  # last: it overwrites the scores
         return (
             block.rows,
             torch.stack([hit(ranks, k) for k in ks], dim=1),
@@ -117,10 +119,28 @@ def _findable(search: Search) -> tuple[Tensor, Tensor]:
     return rows[left_out:], rows[:left_out]
 
 
-def mean(
-    figure: Callable[[Ranks], Tensor], embeddings: Any, labels: Any, queries: Any, query_labels: Any
-) -> float:
-    """Mean of one figure over all queries that count."""
+def means(
+    figures: Sequence[Callable[[Ranks], Tensor]],
+    embeddings: Any,
+    labels: Any,
+    queries: Any,
+    query_labels: Any,
+    *,
+    first: int | None = 0,
+) -> list[float]:
+    """Mean of each figure over all queries that count, in one pass.
+
+    The figures look at the `first` places, or as many as a query has relevant items if these are
+    more; at all places if it is None.
+    """
     search = prepare(embeddings, labels, queries, query_labels)
     rows, _ = _findable(search)
-    return float(torch.cat([*over_blocks(search, rows, lambda block: figure(rank(block)))]).mean())
+    relevant = search.relevant()
+
+    def of_block(block: Block) -> Tensor:
+        total = relevant[block.rows]
+        ranks = rank(block, total, None if first is None else max(first, int(total.max())))
+        return torch.stack([figure(ranks) for figure in figures], dim=1)
+
+    found: list[float] = torch.cat([*over_blocks(search, rows, of_block)]).mean(dim=0).tolist()
+    return found

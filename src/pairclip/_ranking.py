@@ -32,13 +32,17 @@ class Ranks(NamedTuple):
     total: Tensor  # [b] relevant items
 
 
-def rank(block: Block) -> Ranks:
-    """Rank the relevant items of each query, from one sort, which overwrites the scores."""
-    ordered, places, tied = _ascending(block)
+def rank(block: Block, total: Tensor, first: int | None = None) -> Ranks:
+    """Rank the relevant items of each query, from one sort, which overwrites the scores.
+
+    `total` are its relevant items, ``[b]``. Of `first` places at least the ranks are given; None
+    stands for all.
+    """
+    ordered, places, tied = _ascending(block, first)
     rows, width = ordered.shape
     stops = torch.arange(1, rows + 1, device=ordered.device) * width
     counts = torch.searchsorted(places, stops).diff(prepend=stops.new_zeros(1))
-    most = int(counts.max())
+    most = max(int(counts.max()), 1)
     column = torch.arange(most, device=ordered.device)
     counted = column >= most - counts[:, None]
     at = torch.full_like(counted, -torch.inf, dtype=torch.float64)
@@ -48,13 +52,14 @@ def rank(block: Block) -> Ranks:
         tied=torch.ones_like(above),
         found=(most - 1 - column).double().repeat(rows, 1),
         found_tied=torch.ones_like(above),
-        total=counts.double(),
+        total=total.double(),
     )
-    _count_ties(ranks, ordered, places, tied)
+    if tied.any():
+        _count_ties(ranks, ordered, places, tied, most - counts.cumsum(0))
     return ranks
 
 
-def _ascending(block: Block) -> tuple[Tensor, Tensor, Tensor]:
+def _ascending(block: Block, first: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """Keys of each query's items, ascending, and of the relevant ones two things.
 
     A key is an integer that orders as the score does, times two, and one more for a relevant
@@ -68,8 +73,8 @@ def _ascending(block: Block) -> tuple[Tensor, Tensor, Tensor]:
     scores = block.scores
     keys = scores.view(torch.int64 if scores.dtype == torch.float64 else torch.int32)
     size = _ROWS if _on_cpu(scores) else len(scores)
-    split = (each.split(size) for each in (scores, keys, block.members))
-    parts = [_sort(*part) for part in zip(*split, strict=True)]
+    split = [each.split(size) for each in (scores, keys, block.members)]
+    parts = [_sort(*part, first=first) for part in zip(*split, strict=True)]
     starts = range(0, keys.numel(), size * keys.shape[1])
     places = torch.cat([start + part[0] for start, part in zip(starts, parts, strict=True)])
     return keys, places, torch.cat([part[1] for part in parts])
@@ -79,7 +84,9 @@ def _on_cpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def _sort(scores: Tensor, keys: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
+def _sort(
+    scores: Tensor, keys: Tensor, members: Tensor, *, first: int | None
+) -> tuple[Tensor, Tensor]:
     # Of numbers between -2 and 2, the bits become even integers of the same order.
     scores += 0  # -0.0 becomes 0.0
     width = 8 * keys.itemsize - 1
@@ -87,22 +94,43 @@ def _sort(scores: Tensor, keys: Tensor, members: Tensor) -> tuple[Tensor, Tensor
     keys <<= 1
     mine = keys.gather(1, members)
     keys.scatter_(1, members, mine | (mine > keys[:, -1:]))
-    flat = keys.flatten()
     if _on_cpu(keys):
         # NumPy sorts with SIMD instructions, about 30 times as fast as torch.
         keys.numpy().sort(axis=1)
-        places = torch.from_numpy(np.flatnonzero((flat & 1).bool().numpy()))
     else:
         keys.copy_(keys.sort(dim=1).values)
-        places = (flat & 1).nonzero()[:, 0]
+    start = _start(keys, first)
+    relevant = (keys[:, start:] & 1).bool().flatten()
+    if _on_cpu(keys):
+        places = torch.from_numpy(np.flatnonzero(relevant.numpy()))
+    else:
+        places = relevant.nonzero()[:, 0]
+    if start:
+        places += start * (places // (keys.shape[1] - start) + 1)
+    flat = keys.flatten()
     mine, before = (flat.index_select(0, places - step) >> 1 for step in (0, 1))
     return places, mine == before
 
 
-def _count_ties(ranks: Ranks, ordered: Tensor, places: Tensor, tied: Tensor) -> None:
-    """Correct the ranks of items of equal score, which have so far been told apart."""
-    if not tied.any():
-        return
+def _start(keys: Tensor, first: int | None) -> int:
+    """Column from which the `first` places of each row are, between different scores."""
+    columns = keys.shape[1]
+    while first is not None and first < columns - 1:
+        start = columns - first
+        before, after = (keys[:, start - step] >> 1 for step in (1, 0))
+        if not (before == after).any():
+            return start
+        first *= 2
+    return 0
+
+
+def _count_ties(
+    ranks: Ranks, ordered: Tensor, places: Tensor, tied: Tensor, shifts: Tensor
+) -> None:
+    """Correct the ranks of items of equal score, which have so far been told apart.
+
+    An item's column in a row's ranks is its place among all of `places`, plus the row's shift.
+    """
     rows, width = ordered.shape
     flat = ordered.flatten()
     # The first of a run is not like the one before it. One too many does no harm.
@@ -121,8 +149,7 @@ def _count_ties(ranks: Ranks, ordered: Tensor, places: Tensor, tied: Tensor) -> 
     wanted[of_run, place] = keys[starts] - 1
     below = torch.searchsorted(ordered, wanted)[of_run, place]
     # Relevant items stand behind the others of their score: the last one has the rank of all.
-    counts = ranks.total.long()
-    column = which - (counts.cumsum(0) - ranks.above.shape[1])[row]
+    column = which + shifts[row]
     last = column[starts + lengths - 1]
     above = ranks.above[of_run, last]
     for figure, value in (

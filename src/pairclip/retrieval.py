@@ -8,12 +8,16 @@ what chance gives it, whatever the order of the rows.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pairclip import _checks, _ranking
-from pairclip._all_figures import Figures as Figures, all_figures as all_figures, mean
+from pairclip._all_figures import Figures as Figures, all_figures as all_figures, means
 from pairclip._blocks import over_blocks, prepare
 from pairclip._pairs import PairCounts, PairSeparation as PairSeparation, separate
 from pairclip.similarity import highest
@@ -49,7 +53,9 @@ def recall_at_k(
         1.0
     """
     _checks.check_positive_int("k", k)
-    return mean(lambda ranks: _ranking.hit(ranks, k), embeddings, labels, queries, query_labels)
+    return means([partial(_ranking.hit, k=k)], embeddings, labels, queries, query_labels, first=k)[
+        0
+    ]
 
 
 def precision_at_k(
@@ -84,9 +90,8 @@ def precision_at_k(
         0.5
     """
     _checks.check_positive_int("k", k)
-    return mean(
-        lambda ranks: _ranking.precision(ranks, k), embeddings, labels, queries, query_labels
-    )
+    figure = partial(_ranking.precision, k=k)
+    return means([figure], embeddings, labels, queries, query_labels, first=k)[0]
 
 
 def r_precision(
@@ -122,7 +127,7 @@ def r_precision(
     References:
         Musgrave, Belongie and Lim 2020, "A Metric Learning Reality Check".
     """
-    return mean(_ranking.r_precision, embeddings, labels, queries, query_labels)
+    return means([_ranking.r_precision], embeddings, labels, queries, query_labels)[0]
 
 
 def map_at_r(
@@ -159,7 +164,7 @@ def map_at_r(
     References:
         Musgrave, Belongie and Lim 2020, "A Metric Learning Reality Check".
     """
-    return mean(_ranking.map_at_r, embeddings, labels, queries, query_labels)
+    return means([_ranking.map_at_r], embeddings, labels, queries, query_labels)[0]
 
 
 def mean_average_precision(
@@ -190,7 +195,79 @@ def mean_average_precision(
         >>> mean_average_precision(embeddings, torch.tensor([0, 0, 1, 1]))
         1.0
     """
-    return mean(_ranking.average_precision, embeddings, labels, queries, query_labels)
+    figure = _ranking.average_precision
+    return means([figure], embeddings, labels, queries, query_labels, first=None)[0]
+
+
+def retrieval_figures(
+    embeddings: Any,
+    labels: Any,
+    include: Sequence[str] = ("precision_at_1", "r_precision", "map_at_r"),
+    *,
+    queries: Any = None,
+    query_labels: Any = None,
+) -> dict[str, float]:
+    """Several of these figures, in one pass over the similarities.
+
+    Args:
+        embeddings: The items to search, shape ``[N, D]``, floating point, any length.
+        labels: Class of each item, shape ``[N]``, integer.
+        include: Any of ``"recall_at_K"`` and ``"precision_at_K"`` for a number K,
+            ``"r_precision"``, ``"map_at_r"`` and ``"mean_average_precision"``.
+        queries: Shape ``[M, D]``; None takes each item as a query among the others.
+        query_labels: Class of each query, shape ``[M]``.
+
+    Returns:
+        Each figure by its name, as the function of that name gives it.
+
+    Raises:
+        ValueError: If there is no such figure, shapes don't fit, an embedding is not finite, or
+            no query has an item of its own class to find.
+
+    Warns:
+        UserWarning: If queries were left out because no other item is of their class.
+
+    Example:
+        >>> import torch
+        >>> from pairclip import retrieval_figures
+        >>> embeddings = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
+        >>> retrieval_figures(embeddings, torch.tensor([0, 0, 1, 1]), ["recall_at_1", "map_at_r"])
+        {'recall_at_1': 1.0, 'map_at_r': 1.0}
+    """
+    if isinstance(include, str) or not include:
+        raise ValueError(f"`include` must be a list of figures, got {include!r}.")
+    chosen = [_figure(name) for name in include]
+    places = [first for _, first in chosen]
+    found = means(
+        [figure for figure, _ in chosen],
+        embeddings,
+        labels,
+        queries,
+        query_labels,
+        first=None if None in places else max(first for first in places if first is not None),
+    )
+    return dict(zip(include, found, strict=True))
+
+
+def _figure(name: str) -> tuple[Callable[[_ranking.Ranks], Tensor], int | None]:
+    """The figure of this name, and the places that it looks at, as `means` takes them."""
+    if name in _AT_NO_K:
+        return _AT_NO_K[name]
+    at_k = re.fullmatch(r"(recall|precision)_at_([1-9][0-9]*)", str(name))
+    if at_k is None:
+        raise ValueError(
+            f"`include` has {name!r}, but figures are 'recall_at_K' and 'precision_at_K' with a "
+            f"number K, {', '.join(map(repr, _AT_NO_K))}."
+        )
+    k = int(at_k[2])
+    return partial({"recall": _ranking.hit, "precision": _ranking.precision}[at_k[1]], k=k), k
+
+
+_AT_NO_K: dict[str, tuple[Callable[[_ranking.Ranks], Tensor], int | None]] = {
+    "r_precision": (_ranking.r_precision, 0),
+    "map_at_r": (_ranking.map_at_r, 0),
+    "mean_average_precision": (_ranking.average_precision, None),
+}
 
 
 def knn_accuracy(

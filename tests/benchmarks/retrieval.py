@@ -12,8 +12,8 @@ process: the highest resident memory, and what of it came after the embeddings w
 
 "Figures" are precision at 1, R-precision and MAP@R. pytorch-metric-learning (PML) computes them
 with its AccuracyCalculator as it comes but for the search, where its default is FAISS with
-Euclidean distance: it gets its own exact cosine search. pairclip's are those of `all_figures`, the
-pass behind `evaluate_embeddings`, without the pairs; or three functions called one after another.
+Euclidean distance: it gets its own exact cosine search. pairclip's are those of
+`retrieval_figures`; or three functions called one after another.
 """
 
 from __future__ import annotations
@@ -53,14 +53,9 @@ def evaluate(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def figures(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
-    from pairclip.retrieval import all_figures
+    from pairclip import retrieval_figures
 
-    found = all_figures(embeddings, labels, ks=(1,), separation=False)
-    return {
-        "precision_at_1": float(found.precision[:, 0].mean()),
-        "r_precision": float(found.r_precision.mean()),
-        "map_at_r": float(found.map_at_r.mean()),
-    }
+    return retrieval_figures(embeddings, labels, ("precision_at_1", "r_precision", "map_at_r"))
 
 
 def three_functions(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
