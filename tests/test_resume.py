@@ -33,10 +33,12 @@ from pairclip import (
     AllPairsCosineLoss,
     Callback,
     ClassBalancedSampler,
+    CollapseMonitor,
     CosinePairLoss,
     EarlyStopping,
     Finetuner,
     PairSampler,
+    Tracker,
     VisionTower,
     WeightAverage,
     all_pairs_cosine_loss,
@@ -838,6 +840,20 @@ def test_the_same_run_is_not_refused(saved: Path) -> None:
     files = {path: path.stat().st_mtime_ns for path in saved.rglob("*")}
     assert len(refusable(saved).run().steps) == 2
     assert {path: path.stat().st_mtime_ns for path in saved.rglob("*")} == files
+
+
+def test_a_callback_that_only_watches_may_be_another(tmp_path: Path) -> None:
+    settings = Settings(tmp_path / "run")
+    settings.fit |= {"max_steps": 1}
+    for threshold, folder in ((0.9, "a"), (0.5, "b")):
+        settings.finetuner["callbacks"] = [
+            CollapseMonitor(threshold),
+            Tracker("tensorboard", tmp_path / folder),
+        ]
+        assert len(settings.run().steps) == 1
+    settings.finetuner["callbacks"].pop()
+    with pytest.raises(ValueError, match=r"configuration\.callbacks"):
+        settings.run()
 
 
 @pytest.mark.parametrize("change", [{"heads": 4}, {"activation": "gelu"}])

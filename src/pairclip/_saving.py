@@ -225,6 +225,8 @@ def _describe(thing: Any) -> str:
         arguments = [*map(str, thing.args), *(f"{k}={v}" for k, v in thing.keywords.items())]
         return f"partial({', '.join([_describe(thing.func), *arguments])})"
     name = getattr(thing, "__qualname__", type(thing).__qualname__)
+    if getattr(thing, "only_watches", False):
+        return str(name)
     return f"{name}({', '.join(f'{key}={value}' for key, value in _arguments(thing))})"
 
 

@@ -57,6 +57,9 @@ class FitState:
 class Callback(Protocol):
     """What a `Finetuner` calls. Inherit from it to write only the methods that you need.
 
+    A fit resumes with callbacks made as before. One that changes nothing of the fit may have an
+    attribute ``only_watches = True``, and then other arguments, such as another folder.
+
     Example:
         >>> from pairclip import Callback
         >>> class StopAtLoss(Callback):

@@ -31,6 +31,8 @@ class CollapseMonitor(Callback):
         >>> callback = CollapseMonitor(threshold=0.98)
     """
 
+    only_watches = True
+
     def __init__(self, threshold: float = 0.95, *, every: int = 1) -> None:
         _checks.check_number("threshold", threshold)
         if not -1 <= threshold < 1:

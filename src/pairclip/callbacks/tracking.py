@@ -29,6 +29,8 @@ class Tracker(Callback):
         >>> callback = Tracker("tensorboard", "runs/logs")
     """
 
+    only_watches = True
+
     def __init__(
         self,
         tracker: str | GeneralTracker,
