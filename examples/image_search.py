@@ -85,7 +85,8 @@ def run(args: argparse.Namespace) -> None:
 
     # One more, since the query may be in the folder and would find itself.
     found = index.search(query, k=min(args.k + 1, len(index)))
-    matches = [match for match in found if Path(match.path) != args.query.resolve()][: args.k]
+    others = [match for match in found if Path(match.path).resolve() != args.query.resolve()]
+    matches = others[: args.k]
     if not matches:
         raise ValueError(f"{folder} has no image but the query.")
     print(f"\nNearest to {str(args.query)!r}:\n")
@@ -124,7 +125,7 @@ def index_of(
             print(f"Using the index of {len(index)} images in {saved}: nothing has changed.")
             say_unreadable(before["unreadable"])
             return index
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
             print(f"Indexing anew, since the saved index can't be used. {error}")
         contents.unlink()
     unreadable = problems_of(list(files))

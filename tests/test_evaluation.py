@@ -72,6 +72,38 @@ def test_confused_classes_are_the_most_similar_ones() -> None:
     assert values == sorted(values, reverse=True)
 
 
+@pytest.mark.parametrize("classes", [2, 3, 40])
+def test_confused_classes_are_those_of_all_pairs_sorted(classes: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2 * classes, 6, generator=generator)
+    rows[:6] = rows[0]  # ties
+    found = evaluate_embeddings(rows, torch.arange(2 * classes) // 2)
+    matrix = found.class_similarity
+    pairs = [(i, j) for i in range(classes) for j in range(i + 1, classes)]
+    pairs.sort(key=lambda pair: -matrix[pair])
+    assert found.confused_classes == [(str(i), str(j), matrix[i, j]) for i, j in pairs[:5]]
+
+
+def test_classes_of_one_name_are_told_apart() -> None:
+    found = evaluate_embeddings(torch.eye(6), [0, 0, 1, 1, 2, 2], class_names=["a", "b", "a"])
+    assert found.class_names == ["a (0)", "b", "a (2)"]
+
+
+def test_an_evaluation_in_inference_mode_is_the_same() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows, labels = torch.randn(600, 8, generator=generator), torch.arange(600) % 7
+    expected = evaluate_embeddings(rows, labels)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with torch.inference_mode():
+            found = evaluate_embeddings(rows.clone(), labels)
+    finally:
+        torch.set_num_threads(threads)
+    assert found.mean_average_precision == expected.mean_average_precision
+    assert found.roc_auc == pytest.approx(expected.roc_auc, abs=1e-12)
+
+
 def test_evaluate_embeds_the_dataset_and_takes_its_names(tower, images) -> None:
     pictures, labels = images
     found = evaluate(tower, (pictures, [["ant", "bee", "cat"][label] for label in labels]))

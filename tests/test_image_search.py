@@ -87,10 +87,14 @@ def test_a_folder_is_indexed_searched_and_the_index_used_again(
     assert sorted(found_in(third)) == ["<b>&.png", "lime.png"]
     assert "no more than these 2 images" in third
 
+    (folder / "link.png").symlink_to(folder / "red.png")
+    assert sorted(found_in(search(folder / "link.png", 9))) == ["<b>&.png", "lime.png"]
+
     (output / "index" / "image_index.json").write_text("damaged")
     assert "is damaged: it is not valid JSON" in search(folder / "red.png", 9)
-    (output / "index" / "contents.json").write_text("damaged")
-    assert "Indexing anew" in search(folder / "red.png", 9)
+    for content in ("damaged", "{}", "[]"):
+        (output / "index" / "contents.json").write_text(content)
+        assert "Indexing anew" in search(folder / "red.png", 9)
 
 
 def test_another_tower_indexes_anew(

@@ -13,8 +13,16 @@ import pytest
 import torch
 from PIL import Image
 
-from pairclip import Evaluation, History, evaluate_embeddings
+from pairclip import (
+    Evaluation,
+    History,
+    VisionTower,
+    cache_features,
+    evaluate,
+    evaluate_embeddings,
+)
 from pairclip.report import write_report, write_search_report
+from pairclip.report._charts import _axes, _Frame
 from pairclip.report._colors import heat_styles
 from pairclip.report._gallery import _shared_out
 from pairclip.report._html import Html, element
@@ -250,6 +258,29 @@ def test_other_images_are_refused(evaluations: tuple[Evaluation, ...], tmp_path:
     with pytest.raises(ValueError, match="`dataset` must be the evaluated one, got 79 images"):
         write_report(tmp_path, before, after, dataset=(pictures(79), after.labels[:79]))
     assert not list(tmp_path.iterdir())
+
+
+def test_features_are_not_shown_as_images(tower: VisionTower, tmp_path: Path) -> None:
+    trunk, head = tower.split(1)
+    features = cache_features(trunk, (pictures(8), [0, 1] * 4), tmp_path / "features")
+    with pytest.raises(ValueError, match="`dataset` must have images to show, got CachedFeatures"):
+        write_report(tmp_path / "out", None, evaluate(head, features), dataset=features)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.66, 0.97, "0.7 0.75 0.8 0.85 0.9 0.95"),
+        (0.98, 1.0004, "0.98 0.985 0.99 0.995 1"),
+        (0.99, 1.0, "0.99 0.992 0.994 0.996 0.998 1"),
+        (-1, 1, "-1 -0.5 0 0.5 1"),
+        (1, 3, "1 1.5 2 2.5 3"),
+        (1, 4000, "1000 2000 3000 4000"),
+    ],
+)
+def test_axes_have_round_values_told_apart(low: float, high: float, expected: str) -> None:
+    axes = "".join(map(str, _axes(_Frame((low, high), (0, 1)), "x")))
+    assert " ".join(re.findall(r'class="tick">([^<]*)<', axes)) == f"{expected} x"
 
 
 def test_every_colour_can_be_read_on() -> None:

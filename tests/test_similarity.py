@@ -149,6 +149,15 @@ def test_neighbors_in_half_precision_are_found_in_float32(dtype: torch.dtype) ->
         assert torch.equal(nearest_neighbors(queries, corpus, 3)[1], expected[1])
 
 
+def test_similarities_are_float32_under_autocast(tmp_path: Path) -> None:
+    rows = random_rows(5).float()
+    expected = similarity_matrix(rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(similarity_matrix(rows), expected)
+        out = np.memmap(tmp_path / "out", np.float32, "w+", shape=(5, 5))
+        assert np.array_equal(similarity_matrix(rows, out=out), expected.numpy())
+
+
 def test_a_memory_mapped_corpus_is_read_block_by_block(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

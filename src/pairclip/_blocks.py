@@ -111,10 +111,13 @@ def over_blocks(search: Search, rows: Tensor, work: Callable[[Block], T]) -> Ite
     """What `work` makes of the similarities of these queries with all items, block by block.
 
     On the CPU several threads work at once, each on blocks of its own and with one thread of
-    torch: so none waits for another. A block may be overwritten, and is by the next.
+    torch: so none waits for another. (A thread elsewhere that first uses torch meanwhile is left
+    with one thread, too.) A block may be overwritten, and is by the next.
     """
     count, items = len(search.items), search.padded
-    size = min(max(_BLOCK_CELLS // len(items), 1), _BLOCK_ROWS, max(len(rows), 1))
+    # Of each item of a query's class, several numbers are kept beside its similarity.
+    cells = len(items) + 8 * int(search.counts.max())
+    size = min(max(_BLOCK_CELLS // cells, 1), _BLOCK_ROWS, max(len(rows), 1))
     size = -(-size // _ROWS) * _ROWS
     parts = rows.split(size) if len(rows) else ()
     threads = torch.get_num_threads()
@@ -124,6 +127,8 @@ def over_blocks(search: Search, rows: Tensor, work: Callable[[Block], T]) -> Ite
         for _ in range(workers)
     ]
 
+    # Inference mode is each thread's own, and its tensors can't be written to without it.
+    @torch.inference_mode(torch.is_inference_mode_enabled())
     def run(of_block: Tensor) -> T:
         queries, scores = buffers = spare.pop()
         queries[: len(of_block)] = search.queries[of_block]

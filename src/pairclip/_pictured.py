@@ -15,6 +15,11 @@ from pairclip.evaluation import Evaluation
 def images_of(evaluation: Evaluation, dataset: Any) -> LabelledImages:
     """Open the dataset of an evaluation, or raise if it can't be that one."""
     images = LabelledImages(dataset)
+    if images.of_features:
+        raise ValueError(
+            f"`dataset` must have images to show, got {type(dataset).__name__}. Give the dataset "
+            "that the features were computed from."
+        )
     if len(images) != evaluation.num_images:
         raise ValueError(
             f"`dataset` must be the evaluated one, got {len(images)} images for an evaluation of "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
@@ -83,7 +84,8 @@ def evaluate_embeddings(
     Args:
         embeddings: Shape ``[N, D]``, floating point, any length.
         labels: Class id of each row, shape ``[N]``, integer.
-        class_names: Name of class id i at place i; None names classes by their ids.
+        class_names: Name of class id i at place i; None names classes by their ids. Where two
+            have one name, the ids are added.
 
     Returns:
         The figures, each row searched among the others.
@@ -108,10 +110,10 @@ def evaluate_embeddings(
     """
     embeddings = _checks.as_embeddings("embeddings", embeddings)
     labels = _checks.as_labels("labels", labels, length=len(embeddings))
+    names = _names(labels.unique().tolist(), class_names)
     found = all_figures(embeddings, labels, ks=(1, 5, 10), knn=_NEIGHBORS, neighbors=10)
     similarity, classes = class_similarity_matrix(embeddings, labels)
     matrix = similarity.cpu().numpy()
-    names = _names(classes.tolist(), class_names)
     places = torch.searchsorted(classes, labels.to(classes.device)).cpu().numpy()
     per_query = _figures_of_queries(found)
     means: dict[str, Any] = {key: float(values.mean()) for key, values in per_query.items()}
@@ -176,13 +178,25 @@ def _names(classes: list[int], class_names: list[str] | None) -> list[str]:
     for of_class in classes:
         if not 0 <= of_class < len(class_names):
             raise ValueError(
-                f"`class_names` has {len(class_names)} names, but there is a class id {of_class}."
+                f"`class_names` has {len(class_names)} names, but there is a class id {of_class}. "
+                "Give one name for each id from 0 to the highest, or None."
             )
-    return [class_names[of_class] for of_class in classes]
+    names = [class_names[of_class] for of_class in classes]
+    of_name = Counter(names)
+    return [
+        name if of_name[name] == 1 else f"{name} ({of_class})"
+        for name, of_class in zip(names, classes, strict=True)
+    ]
 
 
 def _confused(matrix: FloatArray, names: list[str]) -> list[tuple[str, str, float]]:
-    rows, columns = np.triu_indices(len(names), 1)
+    above = np.triu(np.ones(matrix.shape, dtype=bool), 1)
+    values = matrix[above]
+    if not len(values):
+        return []
+    # Not all are sorted: of ten thousand classes there are fifty million pairs.
+    count = min(_MOST_CONFUSED, len(values))
+    rows, columns = np.nonzero(above & (matrix >= np.partition(values, -count)[-count]))
     values = matrix[rows, columns]
-    most = np.argsort(-values, kind="stable")[:_MOST_CONFUSED]
+    most = np.argsort(-values, kind="stable")[:count]
     return [(names[rows[i]], names[columns[i]], float(values[i])) for i in most]

@@ -198,7 +198,8 @@ class ImageIndex:
 
         A killed process or a full disk leaves the old index or the new one, and no other file of
         the folder is touched. A kill may leave a file that is safe to delete: one named
-        ``image_index-*.safetensors`` that ``image_index.json`` does not mention, or ``.tmp*``.
+        ``image_index-*.safetensors`` that ``image_index.json`` does not mention, or
+        ``.image_index.json.*`` or ``.tmp*``.
 
         Args:
             folder: Where to write; made if it is missing.
@@ -243,7 +244,7 @@ class ImageIndex:
     def search(self, queries: Any, k: int = 10) -> Any:
         """Find the images most similar to one image, or to each of several.
 
-        An image that is in the index finds itself first.
+        An image that is in the index finds itself first, or a copy of it.
 
         Args:
             queries: One image, a PIL image, path, array or tensor as `LabelledImages` takes; or

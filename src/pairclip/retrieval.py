@@ -318,8 +318,9 @@ def pair_separation(embeddings: Any, labels: Any) -> PairSeparation:
     """How well similarity tells pairs of one class from pairs of different classes.
 
     Over all ``N * (N - 1) / 2`` pairs. They are counted in 2**20 bins of similarity, so memory
-    doesn't grow with their number; where that leaves a figure uncertain by more than 1e-4, as in
-    a nearly collapsed tower, they are counted once more in bins over the range that they have.
+    doesn't grow with their number; where that leaves the ROC AUC or the average precision
+    uncertain by more than 1e-4, as in a nearly collapsed tower, they are counted again in bins
+    over the range that they have.
     Means don't depend on bins.
 
     Args:

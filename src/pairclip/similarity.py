@@ -72,7 +72,8 @@ def similarity_matrix(
     elif tuple(out.shape) != shape:
         raise ValueError(f"`out` must have shape {list(shape)}, got {list(out.shape)}.")
     for start in range(0, len(rows), block_size):
-        block = (rows[start : start + block_size] @ columns.T).clamp_(-1, 1)
+        with torch.autocast(rows.device.type, enabled=False):
+            block = (rows[start : start + block_size] @ columns.T).clamp_(-1, 1)
         target = out[start : start + block_size]
         if isinstance(target, Tensor):
             target.copy_(block)
@@ -213,12 +214,16 @@ def class_similarity_matrix(
     if reduction == "centroids":
         unit = _checks.unit_rows(sums)
         return (unit @ unit.T).clamp_(-1, 1), classes
-    totals = sums @ sums.T
-    pairs = (counts[:, None] * counts).double()
-    totals.diagonal().sub_(own)
+    counts = counts.double()
+    # In place: with many classes these are large.
+    means = sums @ sums.T
+    means.diagonal().sub_(own)
+    pairs = counts[:, None] * counts
     pairs.diagonal().sub_(counts)
+    means.div_(pairs).clamp_(-1, 1)
     # Rounding may leave a lone item's total other than 0, so 0 / 0 is not relied on.
-    return (totals / pairs).clamp_(-1, 1).where(pairs > 0, torch.nan), classes
+    means.diagonal()[counts == 1] = torch.nan
+    return means, classes
 
 
 def class_sums(rows: Tensor, classes: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:

@@ -63,7 +63,7 @@ def plot_similarity_matrix(
         6
     """
     count = len(images)
-    values = _square("similarity", similarity, count, "images")
+    values = _square(similarity, count)
     _check_names(names, count)
     cell = 0.8
     left, top, right, bottom = 1.3, 1.0 + (0.45 if title else 0), 1.1, 0.25
@@ -211,13 +211,11 @@ def _color_bar(figure: Figure, drawn: Any, axes: Axes | None) -> None:
     bar.outline.set_visible(False)
 
 
-def _square(
-    name: str, values: Tensor | npt.NDArray[Any], count: int, of_what: str
-) -> npt.NDArray[Any]:
+def _square(values: Tensor | npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
     array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
     if array.shape != (count, count):
         raise ValueError(
-            f"`{name}` must have shape [{count}, {count}] for {count} {of_what}, got "
+            f"`similarity` must have shape [{count}, {count}] for {count} images, got "
             f"{list(array.shape)}."
         )
     return array

@@ -79,7 +79,7 @@ def training(history: History) -> Html:
     chart = _chart(
         f"Loss of {len(history.steps)} steps, from {losses[0]:.3g} to {losses[-1]:.3g}.",
         element("path", d=frame.line(steps, losses), class_="line same"),
-        *_axes(frame, "step", digits=0),
+        *_axes(frame, "step"),
     )
     return element(
         "div",
@@ -130,7 +130,7 @@ def _histogram(
         f"{shown(evaluation.different_mean)} ({shown(evaluation.different_std)}); best threshold "
         f"{shown(threshold)}."
     )
-    chart = _chart(label, *drawn, *_axes(frame, "cosine similarity of two images", digits=1))
+    chart = _chart(label, *drawn, *_axes(frame, "cosine similarity of two images"))
     return element("figure", element("figcaption", when), chart)
 
 
@@ -145,11 +145,11 @@ def _chart(label: str, *drawn: Html) -> Html:
     )
 
 
-def _axes(frame: _Frame, title: str, digits: int) -> list[Html]:
+def _axes(frame: _Frame, title: str) -> list[Html]:
     """A base line with round values, and the name of the axis."""
     floor = _HEIGHT - _BOTTOM
     marks = [
-        element("text", f"{x:.{digits}f}", x=f"{frame.across(x):.1f}", y=floor + 15, class_="tick")
+        element("text", f"{x:g}", x=f"{frame.across(x):.1f}", y=floor + 15, class_="tick")
         for x in _round_values(*frame.x)
     ]
     base = element("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=floor, y2=floor, class_="axis")
@@ -162,13 +162,13 @@ def _axes(frame: _Frame, title: str, digits: int) -> list[Html]:
 
 
 def _round_values(low: float, high: float) -> list[float]:
-    """Four to eight round numbers between two ends."""
-    step = 10 ** math.floor(math.log10(high - low))
-    for part in (1, 0.5, 0.2, 0.1):
-        first, last = math.ceil(low / (step * part)), math.floor(high / (step * part))
+    """Four to ten round numbers between two ends."""
+    power = 10 ** math.floor(math.log10(high - low))
+    for step in (power, power / 2, power / 5):
+        first, last = math.ceil(low / step), math.floor(high / step)
         if last - first >= 3:
-            return [i * step * part for i in range(first, last + 1)]
-    return [low, high]
+            break
+    return [i * step for i in range(first, last + 1)]
 
 
 def _key(kind: str, text: str) -> Html:

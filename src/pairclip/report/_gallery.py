@@ -10,7 +10,7 @@ import numpy.typing as npt
 from pairclip._pictured import in_turn, neighbor_is_right
 from pairclip.datasets import LabelledImages
 from pairclip.evaluation import Evaluation
-from pairclip.report._html import Html, element, joined
+from pairclip.report._html import Html, element
 from pairclip.report._pictures import Thumbnails
 
 _MOST_QUERIES = 60
@@ -164,6 +164,4 @@ def _filters(kinds: list[_Kind], evaluation: Evaluation) -> Html:
 def _choice(name: str, label: str, options: list[tuple[str, str]]) -> Html:
     everything = element("option", "all", value="")
     choices = [element("option", text, value=value) for value, text in options]
-    return joined(
-        element("label", label, " ", element("select", everything, *choices, name=name)),
-    )
+    return element("label", label, " ", element("select", everything, *choices, name=name))
