@@ -166,9 +166,13 @@ def test_a_memory_mapped_corpus_is_read_block_by_block(
     corpus = np.memmap(tmp_path / "corpus", np.float16, "r", shape=(50, 8))
     expected = nearest_neighbors(rows[:4], rows, 3)
     read = []
-    as_unit = similarity._checks.unit_rows
+    as_unit = similarity._checks.finite_unit_rows
     monkeypatch.setattr(
-        similarity._checks, "unit_rows", lambda block: read.append(len(block)) or as_unit(block)
+        similarity._checks,
+        "finite_unit_rows",
+        lambda name, block, first_row: (
+            read.append(len(block)) or as_unit(name, block, first_row=first_row)
+        ),
     )
     scores, indices = nearest_neighbors(rows[:4], corpus, 3, block_size=20)
     assert max(read) == 20

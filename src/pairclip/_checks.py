@@ -164,5 +164,17 @@ def unit_rows(rows: Tensor) -> Tensor:
     rows = rows.detach()
     if rows.dtype not in (torch.float32, torch.float64):
         rows = rows.float()
+    return _divided(rows, row_norms(rows))
+
+
+def finite_unit_rows(name: str, rows: Tensor, *, first_row: int) -> Tensor:
+    """The same of a block of `name`, float32 or float64, or raise as `check_finite`."""
     norms = row_norms(rows)
+    # A length shows what the elements are, at no further look at them.
+    if not norms.isfinite().all():
+        check_finite(name, rows, first_row=first_row)
+    return _divided(rows, norms)
+
+
+def _divided(rows: Tensor, norms: Tensor) -> Tensor:
     return rows / norms.where(norms > 0, 1.0).to(rows.dtype)[:, None]

@@ -169,9 +169,7 @@ def _unit_block(
     rows = source[start : start + size]
     if not isinstance(rows, Tensor):
         rows = torch.from_numpy(np.array(rows, dtype=rows.dtype.newbyteorder("=")))
-    rows = rows.detach().to(**options)
-    _checks.check_finite(name, rows, first_row=start)
-    return _checks.unit_rows(rows)
+    return _checks.finite_unit_rows(name, rows.detach().to(**options), first_row=start)
 
 
 def class_similarity_matrix(
