@@ -56,7 +56,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--data", "folder with train/ and test/, or with a folder for each class", type=Path)
     add("--model", "hub id or folder of the tower", clip)
-    add("--test-fraction", "share to hold out if there is no test/ (default: 0.2)", type=float)
+    add(
+        "--test-fraction",
+        "share to hold out if there is no test/ (default: 0.2; offline 1/3)",
+        type=float,
+    )
     add("--train-per-class", "training images of each class (default: all)", type=int)
     add("--test-per-class", "evaluated images of each class", 200, type=int)
     add("--epochs", "(default: 2; offline 90)", type=int)

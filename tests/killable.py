@@ -200,9 +200,6 @@ class QuickEvaluation:
             "class_names": ["a", "b", "c"],
         }
 
-    def to_dict(self) -> dict[str, Any]:
-        return self.figures
-
 
 # --- What runs in the other process ---------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import fcntl
 import json
 import math
 import os
@@ -27,6 +28,7 @@ from pairclip import (
     AllPairsCosineLoss,
     Finetuner,
     VisionTower,
+    _files,
     best_checkpoint,
     checkpoints,
     load_tower,
@@ -131,6 +133,41 @@ def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch) 
     assert {("fsync", name) for name in FILES} < set(calls[:named])
     assert calls[named - 1] == ("fsync", ".step")
     assert calls[named + 1 :] == [("fsync", "saved")]
+
+
+def test_on_windows_files_are_opened_to_write_and_folders_are_left_out(
+    tmp_path: Path, monkeypatch
+) -> None:
+    access: list[int] = []
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: access.append(fcntl.fcntl(handle, fcntl.F_GETFL) & 3)
+    )
+    (tmp_path / "file").touch()
+    with monkeypatch.context() as windows:
+        windows.setattr(os, "name", "nt")
+        _files.flush(tmp_path / "file")
+        _files.flush(tmp_path)
+    assert access == [os.O_RDWR]
+
+
+@pytest.mark.parametrize("trained", ["wrapped", "tower"])
+def test_weights_of_adapters_load_with_and_without_the_wrapper(
+    tower: VisionTower, images: Any, tmp_path: Path, trained: str
+) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], r=2)
+    plain, other = copy.deepcopy(tower), copy.deepcopy(tower)
+    wrapped, other_wrapped = peft.get_peft_model(tower, config), peft.get_peft_model(other, config)
+    fit(wrapped if trained == "wrapped" else tower, images, tmp_path, 2)
+    checkpoint = newest_checkpoint(tmp_path)
+    for loaded in (other, other_wrapped):
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter += parameter.requires_grad * 1.0
+        checkpoint.load_weights(loaded)
+        assert_same(other, tower)
+    with pytest.raises(ValueError, match=r"lora_A.*, which the tower lacks.*peft\.get_peft_model"):
+        checkpoint.load_weights(plain)
 
 
 def test_load_weights_takes_all_or_nothing(tower: VisionTower, images: Any, tmp_path: Path) -> None:
@@ -252,6 +289,26 @@ def test_what_killed_writers_left_is_removed_and_never_read(tmp_path: Path) -> N
     remove_leftovers(tmp_path)
     assert not whole.exists()
     remove_leftovers(tmp_path / "absent")
+
+
+def test_a_leftover_that_cannot_be_removed_does_not_end_all_checkpoints(
+    tmp_path: Path, monkeypatch
+) -> None:
+    stuck, other = (tmp_path / (".step-00000001." + digit * 32) for digit in "ab")
+    stuck.mkdir()
+    other.mkdir()
+    rmtree = shutil.rmtree
+
+    def failing(path: Path, **options: Any) -> None:
+        if Path(path) == stuck:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        rmtree(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", failing)
+    with pytest.warns(UserWarning, match=rf"'{stuck}', left by .* not be removed: .*denied"):
+        write(tmp_path, 2)
+    assert newest_checkpoint(tmp_path).step == 2
+    assert (stuck.exists(), other.exists()) == (True, False)
 
 
 def test_damaged_ones_do_not_push_out_what_is_written_now(

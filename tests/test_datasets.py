@@ -139,6 +139,28 @@ def test_a_corrupt_image_is_named_with_index_and_path(folder: Path) -> None:
         LabelledImages(([path], [0]))[0]
 
 
+class Broken:
+    """What torchvision's decoders raise, and no image at all."""
+
+    targets = (0, 1)
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        if index == 0:
+            raise RuntimeError("Input is not a JPEG")
+        return None, 1
+
+
+def test_what_decoders_raise_and_what_is_no_image_is_named_too() -> None:
+    data = LabelledImages(Broken())
+    with pytest.raises(ValueError, match="Image 0 can't be read: Input is not a JPEG"):
+        data[0]
+    with pytest.raises(TypeError, match=r"Image 1 can't be read: .*got NoneType"):
+        data[1]
+
+
 @pytest.mark.parametrize(
     ("dataset", "error", "message"),
     [

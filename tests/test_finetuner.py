@@ -6,10 +6,12 @@ import math
 import random
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from pytorch_metric_learning import losses as pml
 from torch import nn
@@ -20,15 +22,19 @@ from pairclip import (
     AllPairsCosineLoss,
     ClassBalancedSampler,
     CosinePairLoss,
+    Evaluation,
     Finetuner,
     History,
     PairSampler,
     VisionTower,
+    _run,
     all_pairs_cosine_loss,
     cosine_pair_loss,
+    embedding,
     evaluate,
     load_tower,
 )
+from pairclip.embedding import pixel_batches
 
 SQUARED = AllPairsCosineLoss(negatives="squared", positive_fraction=0.5)
 
@@ -191,6 +197,38 @@ def test_evaluations_come_after_each_epoch_or_as_often_as_asked(tower, images) -
     assert history.evaluations[-1] == {"step": 5, **single}
 
 
+def test_an_evaluation_lists_no_arrays(tower, images, monkeypatch) -> None:
+    """The similarities of 11,000 classes are 128 million numbers, and only figures are kept."""
+
+    def refuse(self: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(Evaluation, "to_dict", refuse)
+    history = Finetuner(tower, SQUARED).fit(images, batch_size=12, max_steps=1, eval_dataset=images)
+    assert {type(value) for value in history.evaluations[0].values()} == {int, float}
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_evaluations_load_in_workers_too(
+    tower, images, monkeypatch, tmp_path: Path, saves: bool
+) -> None:
+    loaders = []
+
+    def seen(pixels: object, **options: object) -> object:
+        loaders.append(options)
+        return pixel_batches(pixels, **options)
+
+    monkeypatch.setattr(embedding, "pixel_batches", seen)
+    where = {"checkpoint_dir": tmp_path} if saves else {}
+    Finetuner(tower, SQUARED).fit(
+        images, batch_size=12, max_steps=1, eval_dataset=images, num_workers=1, **where
+    )
+    (options,) = loaders
+    assert options["num_workers"] == 1
+    # As the workers of the training, they leave Ctrl-C to the main process.
+    assert (options["worker_init_fn"] is not None) == saves
+
+
 def test_history_goes_to_json_and_back(tower, images, tmp_path: Path) -> None:
     history = Finetuner(tower, SQUARED).fit(images, batch_size=12, max_steps=2, eval_dataset=images)
     history.to_json(tmp_path / "history.json")
@@ -239,14 +277,19 @@ def test_bfloat16_trains_and_hands_the_loss_float32(tower, images) -> None:
     assert all(math.isfinite(record["loss"]) for record in history.steps)
 
 
-@pytest.mark.parametrize("what", ["loss", "embedding", "gradient"])
-def test_what_is_not_finite_stops_with_the_last_good_weights(tower, images, what: str) -> None:
+@pytest.mark.parametrize(
+    ("what", "step", "kept"),
+    [("loss", 3, 0), ("embedding", 11, 0), ("gradient", 12, 10), ("loss", 21, 10)],
+)
+def test_what_is_not_finite_stops_with_earlier_good_weights(
+    tower, images, what: str, step: int, kept: int
+) -> None:
     good = []
 
     def loss(embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         good.append(weights(tower))
         value = SQUARED(embeddings, labels)
-        if len(good) < 3:
+        if len(good) < step:
             return value
         if what == "embedding":
             embeddings.data[0, 0] = float("inf")
@@ -254,10 +297,13 @@ def test_what_is_not_finite_stops_with_the_last_good_weights(tower, images, what
         return value * float("nan") if what == "loss" else Poisoned.apply(value)
 
     before = {"loss": "the loss is nan", "embedding": "an embedding is", "gradient": "gradient's"}
-    with pytest.raises(FloatingPointError, match=f"Stopped at step 3 of 9: .*{before[what]}"):
-        Finetuner(tower, loss, learning_rate=1e-3).fit(images, batch_size=12, max_steps=9)
+    of = f"after step {kept}" if kept else "before the first step"
+    with pytest.raises(
+        FloatingPointError, match=f"Stopped at step {step} of 30: .*{before[what]}.* had {of}"
+    ):
+        Finetuner(tower, loss, learning_rate=1e-3).fit(images, batch_size=12, max_steps=30)
     for name, value in weights(tower).items():
-        assert value.equal(good[1][name]), name
+        assert value.equal(good[kept][name]), name
 
 
 class Poisoned(torch.autograd.Function):
@@ -346,6 +392,44 @@ def test_weights_in_half_precision_are_refused(tower, images) -> None:
         Finetuner(tower, SQUARED).fit(images, batch_size=12)
 
 
+def test_parameters_of_a_loss_in_half_precision_are_called_so(tower, images) -> None:
+    loss = pml.ArcFaceLoss(num_classes=3, embedding_size=12).half()
+    with pytest.raises(ValueError, match=r"`loss` has the .* W in torch\.float16.*`loss\.float"):
+        Finetuner(tower, loss).fit(images, batch_size=12)
+
+
+def test_a_batch_norm_without_parameters_is_not_told_to_freeze_them(images) -> None:
+    module = nn.Sequential(nn.Flatten(), nn.Linear(768, 8), nn.BatchNorm1d(8, affine=False))
+    tower = load_tower(module, image_processor=ToTensor())
+    with pytest.raises(ValueError, match=r"`model\.2`.*has no parameters to freeze, so train in"):
+        Finetuner(tower, SQUARED, micro_batch_size=4).fit(images, batch_size=12)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_auto_is_bfloat16_only_where_the_device_of_the_fit_has_it(monkeypatch, device) -> None:
+    state = SimpleNamespace(device=torch.device(device))
+    monkeypatch.setattr(_run, "PartialState", lambda cpu: state)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    # A GPU that emulates bfloat16, or one that has it beside a fit on the CPU.
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: device == "cpu" or including_emulation,
+    )
+    monkeypatch.setattr(_run, "Accelerator", lambda mixed_precision: mixed_precision)
+    assert _run.new_accelerator("auto") == "no"
+    if device == "cpu":
+        with pytest.raises(ValueError, match="`precision` 'fp16' needs a GPU, got the CPU"):
+            _run.new_accelerator("fp16")
+
+
+def test_a_mac_is_told_to_use_the_cpu(tower, images, monkeypatch) -> None:
+    monkeypatch.setattr(Accelerator, "device", torch.device("mps"))
+    for accelerator in (None, Accelerator(cpu=True)):
+        with pytest.raises(ValueError, match=r"'mps', which has no float64.*ACCELERATE_USE_CPU"):
+            Finetuner(tower, SQUARED, accelerator=accelerator).fit(images, batch_size=12)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_float16_needs_a_gpu(tower, images) -> None:
     with pytest.raises(ValueError, match="`precision` 'fp16' needs a GPU"):
@@ -412,7 +496,7 @@ def test_a_corrupt_image_is_named_by_a_worker_too(tower, images, tmp_path: Path)
         (
             {"optimizer": sgd, "learning_rate": 1e-3},
             ValueError,
-            "would be ignored. Set them in the `optimizer`",
+            r"`learning_rate` 0\.001 and `weight_decay` 0\.0 .* Set them in the `optimizer`",
         ),
     ],
 )
@@ -433,6 +517,8 @@ def test_a_tower_must_be_one() -> None:
         ({"epochs": 2, "max_steps": 3}, ValueError, "`epochs` 2 would be ignored"),
         ({"max_steps": 0}, ValueError, "`max_steps` must be at least 1"),
         ({"eval_every": 2}, ValueError, "`eval_every` 2 would be ignored"),
+        ({"num_workers": -1}, ValueError, "`num_workers` must not be negative, got -1"),
+        ({"num_workers": 1.5}, TypeError, r"`num_workers` must be an integer, got 1\.5"),
         ({"batch_size": 0}, ValueError, "`batch_size` must be at least 1"),
         ({"batch_size": 31}, ValueError, "`batch_size` must be even for pairs, got 31"),
         ({"batch_size": 466}, ValueError, "`batch_size` must be at most two per image"),

@@ -11,7 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,7 +85,10 @@ def never() -> At:
 
 @pytest.fixture(autouse=True)
 def quick_evaluations(monkeypatch) -> None:
-    monkeypatch.setattr(pairclip._loop, "evaluate", killable.QuickEvaluation)
+    def quick(tower: VisionTower, dataset: Any, workers: Any) -> SimpleNamespace:
+        return SimpleNamespace(**killable.QuickEvaluation(tower, dataset).figures)
+
+    monkeypatch.setattr(pairclip._loop, "_evaluation", quick)
 
 
 def photos() -> tuple[np.ndarray, list[int]]:
@@ -376,7 +379,7 @@ def test_a_first_step_that_fails_leaves_the_weights_of_the_checkpoint(tmp_path: 
 
     Broken.__qualname__ = "AllPairsCosineLoss"
     rest.loss = Broken(negatives="squared", positive_fraction=0.5)
-    with pytest.raises(FloatingPointError, match="Stopped at step 3 of 6"):
+    with pytest.raises(FloatingPointError, match=r"Stopped at step 3 of 6: .* had after step 2"):
         rest.run(never())
     for name, value in saved.weights().items():
         if "running" not in name and "tracked" not in name:
@@ -521,24 +524,30 @@ def test_a_signal_after_the_last_step_stops_the_program_too(tmp_path: Path, numb
     assert_same(part.tower, whole.tower)
 
 
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_interrupts_at_once(tmp_path: Path, number: int, second: int) -> None:
+def test_a_second_ctrl_c_interrupts_at_once(tmp_path: Path, number: int) -> None:
     reached = []
     settings = Settings(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        settings.run(At(3, send(number, second)), At(3, lambda: reached.append(3)))
+        settings.run(At(3, send(number, signal.SIGINT)), At(3, lambda: reached.append(3)))
     assert reached == []
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
 
-def test_a_second_signal_while_saving_leaves_no_half_checkpoint(
+def test_a_repeated_sigterm_is_the_same_wish(tmp_path: Path, number: int) -> None:
+    """One to a whole job comes to each process twice: torchrun forwards its own."""
+    with ends_with(number):
+        Settings(tmp_path).run(At(3, send(number, signal.SIGTERM, signal.SIGTERM)))
+    assert newest_checkpoint(tmp_path).step == 3
+
+
+def test_a_second_ctrl_c_while_saving_leaves_no_half_checkpoint(
     tmp_path: Path, number: int, monkeypatch
 ) -> None:
     serialize_file = safetensors.torch.serialize_file
 
     def interrupted(tensors: Any, path: Path, **options: Any) -> None:
         serialize_file(tensors, path, **options)
-        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGINT)
 
     settings = Settings(tmp_path)
     settings.fit["checkpoint_every"] = 6
@@ -927,6 +936,39 @@ def test_another_sampler_is_refused(tmp_path: Path, there: Any, here: Any) -> No
     first.run()
     with pytest.raises(ValueError, match=r"configuration\.sampler"):
         second.run()
+
+
+@contextmanager
+def warns_of_own_generators() -> Iterator[None]:
+    with pytest.warns(UserWarning, match="a transform draws from a generator of its own") as caught:
+        yield
+    assert len(caught) == 1
+
+
+def test_a_transform_with_a_generator_of_its_own_is_said_and_not_refused(tmp_path: Path) -> None:
+    for steps in (1, 2):
+        settings = Settings(tmp_path)
+        inner, chance = settings.tower.preprocess, np.random.default_rng()
+        settings.tower.preprocess = lambda image, inner=inner, chance=chance: (
+            inner(image) * chance.random()
+        )
+        with warns_of_own_generators(), pytest.raises(Killed) if steps == 1 else nullcontext():
+            history = settings.run(At(3 if steps == 1 else -1, kill))
+    assert len(history.steps) == 6
+
+
+def test_a_generator_that_has_drawn_is_another_one(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(4)
+    settings = Settings(tmp_path)
+    sampler = RandomSampler(range(24), generator=generator)
+    settings.fit |= {"sampler": BatchSampler(sampler, 6, drop_last=True)}
+    del settings.fit["batch_size"]
+    with pytest.raises(Killed):
+        settings.run(At(3, kill))
+    with pytest.raises(ValueError, match=r"configuration\.sampler is .*generator="):
+        settings.run(never())
+    generator.manual_seed(4)
+    assert len(settings.run(never()).steps) == 6
 
 
 def scripted_loss(embeddings: Tensor, labels: Tensor) -> Tensor:

@@ -276,6 +276,20 @@ def test_a_head_can_be_split_again_and_frozen() -> None:
     assert len(trainable(tower.blocks[0])) == len(list(tower.blocks[0].parameters()))
 
 
+@pytest.mark.parametrize("to", [torch.float64, torch.device("meta")])
+def test_a_part_moves_the_whole_tower(to: torch.dtype | torch.device) -> None:
+    """Else the trunk would stay on the CPU when a fit moves the head to a GPU."""
+    tower = new_tower("clip")
+    trunk, head = tower.split(2)
+    _, last = head.split(1)
+    last.to(to)
+    for part in (tower, trunk, head, last):
+        tensors = [*part.parameters(), *(b for b in part.buffers() if b.is_floating_point())]
+        assert {t.device if isinstance(to, torch.device) else t.dtype for t in tensors} == {to}
+    assert "_whole" not in str(last)
+    assert len(list(last.parameters())) < len(list(tower.parameters()))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_ten_steps_of_the_head_are_ten_steps_of_the_tower(kind: str) -> None:
     labels, loss = torch.tensor([0, 0, 1, 1, 2, 2]), AllPairsCosineLoss(negatives="squared")

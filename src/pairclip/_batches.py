@@ -69,8 +69,9 @@ class TrainingItems(Dataset[tuple[Tensor, int]]):
 class RunBatches:
     """One process's slices of a run's batches; loading does not pause between epochs.
 
-    The sampler draws from random streams of its own, which follow from (seed, epoch): every
-    process and every resumed run gets the same batches, whatever generators the sampler uses.
+    The global generators that the sampler may draw from follow from (seed, epoch), so that every
+    process and every resumed run gets the same batches. A generator of its own must be in the
+    same state wherever, and whenever, the run is started.
 
     Args:
         sampler: Gives the whole batches.

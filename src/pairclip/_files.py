@@ -45,7 +45,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def flush(path: Path) -> None:
     """Bring a file, or the names in a folder, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    folder = path.is_dir()
+    if folder and os.name == "nt":  # which opens no folder, and flushes no file opened to read
+        return
+    handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:

@@ -13,8 +13,9 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-    """Within the block, Ctrl-C and SIGTERM are noted in `caught`; a second one interrupts at once.
+    """Within the block, Ctrl-C and SIGTERM are noted in `caught`; then Ctrl-C interrupts at once.
 
+    Another SIGTERM does not: one to a whole job comes once more from torchrun, which forwards it.
     Signal handlers belong to the main thread; in another one the block does nothing.
     """
 
@@ -43,9 +44,10 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.caught is not None:
+        if self.caught is None:
+            self.caught = number
+        elif number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.caught = number
 
     def obey(self) -> NoReturn:
         """End the program as the signal, or that of another process, would have done."""

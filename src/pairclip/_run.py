@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import broadcast
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import broadcast, parse_flag_from_env
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from pairclip.finetuner import Finetuner
 
 _T = TypeVar("_T", bound=Tensor)
+# Steps between copies of the weights, which are taken back when a loss is not finite.
+_KEPT_EVERY = 10
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -49,21 +51,26 @@ class Run:
         self.peak_rates = [group["lr"] for group in groups]
         buffers = [b for module in self.modules for b in module.buffers() if b.is_floating_point()]
         self.state = _distinct([*self.parameters, *buffers])
-        # What gave the last finite loss, for when the next one isn't.
+        # What gave a finite loss, for when a later one isn't.
         self.good = [tensor.detach().clone() for tensor in self.state]
+        self.good_step = 0
 
     def _trainable(self) -> list[nn.Parameter]:
         if not any(parameter.requires_grad for parameter in self.tower.parameters()):
             raise ValueError("`tower` has no trainable parameter: all have requires_grad=False.")
-        named = [item for module in self.modules for item in module.named_parameters()]
-        for name, parameter in named:
-            if parameter.requires_grad and parameter.dtype not in (torch.float32, torch.float64):
-                raise ValueError(
-                    f"`tower` has the trainable parameter {name} in {parameter.dtype}, which is "
-                    "too coarse for small steps. Call `tower.float()`; `precision` then decides "
-                    "what is computed in half precision."
-                )
-        return _distinct([parameter for _, parameter in named if parameter.requires_grad])
+        trainable = []
+        for owner, module in zip(("tower", "loss"), self.modules, strict=False):
+            for name, parameter in module.named_parameters():
+                if not parameter.requires_grad:
+                    continue
+                if parameter.dtype not in (torch.float32, torch.float64):
+                    raise ValueError(
+                        f"`{owner}` has the trainable parameter {name} in {parameter.dtype}, which "
+                        f"is too coarse for small steps. Call `{owner}.float()`; `precision` then "
+                        "decides what is computed in half precision."
+                    )
+                trainable.append(parameter)
+        return _distinct(trainable)
 
     def _check_batch_norms(self) -> None:
         processes, pieces = self.accelerator.num_processes, self.settings.micro_batch_size
@@ -72,10 +79,12 @@ class Run:
         for name, part in self.tower.named_modules():
             if isinstance(part, _BatchNorm) and not _frozen(part):
                 by = f"{processes} processes" if pieces is None else f"`micro_batch_size` {pieces}"
+                fix = "Freeze its parameters, which fixes its statistics too, or train"
+                if not list(part.parameters()):
+                    fix = "It has no parameters to freeze, so train"
                 raise ValueError(
-                    f"`tower` has the trainable batch norm `{name}`, whose statistics are those of "
-                    f"the whole batch, and {by} would divide it. Freeze its parameters, which "
-                    "fixes its statistics too, or train in one process with whole batches."
+                    f"`tower` has the batch norm `{name}`, whose statistics are those of the whole "
+                    f"batch, and {by} would divide it. {fix} in one process with whole batches."
                 )
 
     def _on_every_process(self) -> nn.Module:
@@ -148,7 +157,8 @@ class Run:
         self._check_finite(step, value, total, gradient_norm)
         if settings.max_grad_norm is not None and not gradient_norm <= settings.max_grad_norm:
             nn.utils.clip_grads_with_norm_(self.parameters, settings.max_grad_norm, norm)
-        self._remember()
+        if (step - 1) % _KEPT_EVERY == 0:
+            self._remember(step - 1)
         if scaler is None:
             self.optimizer.step()
         else:
@@ -162,7 +172,8 @@ class Run:
             "gradient_norm": gradient_norm if math.isfinite(gradient_norm) else None,
         }
 
-    def _remember(self) -> None:
+    def _remember(self, step: int) -> None:
+        self.good_step = step
         for good, tensor in zip(self.good, self.state, strict=True):
             good.copy_(tensor.detach())
 
@@ -177,8 +188,8 @@ class Run:
             "skipped_steps": self.skipped_steps,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take what `state_dict` gave, when the tower has its weights already."""
+    def load_state_dict(self, state: dict[str, Any], *, step: int) -> None:
+        """Take what `state_dict` gave after `step`, when the tower has its weights already."""
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -186,7 +197,7 @@ class Run:
             loss: Any = self.settings.loss
             loss.load_state_dict(state["loss"])
         self.skipped_steps = state["skipped_steps"]
-        self._remember()
+        self._remember(step)
 
     def check_weights(self, step: int) -> None:
         """Take back a step that left a weight which isn't finite."""
@@ -209,9 +220,10 @@ class Run:
     def _stop(self, step: int, what: str) -> NoReturn:
         for good, tensor in zip(self.good, self.state, strict=True):
             tensor.detach().copy_(good)
+        kept = f"after step {self.good_step}" if self.good_step else "before the first step"
         raise FloatingPointError(
-            f"Stopped at step {step} of {self.num_steps}: {what}. The tower has the last weights "
-            "that gave a finite loss. Lower `learning_rate`, or check the loss and the images."
+            f"Stopped at step {step} of {self.num_steps}: {what}. The tower has the weights that "
+            f"it had {kept}. Lower `learning_rate`, or check the loss and the images."
         )
 
     @contextmanager
@@ -265,13 +277,16 @@ def _on_batches(loss: Loss | CosinePairLoss) -> Loss:
 
 def new_accelerator(precision: str) -> Accelerator:
     """An Accelerator in the wanted precision, for the processes that this one was launched with."""
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+    device: torch.device = PartialState(cpu=on_cpu).device
     if precision == "auto":
         launched_with = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        on_gpu = device.type == "cuda"
+        bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
         # `accelerate launch` says "no" where nothing was asked for.
         precision = launched_with if launched_with != "no" else "bf16" if bf16 else "no"
-    if precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("`precision` 'fp16' needs a GPU, and there is none. Use 'auto' or 'no'.")
+    if precision == "fp16" and device.type == "cpu":
+        raise ValueError("`precision` 'fp16' needs a GPU, got the CPU. Use 'auto' or 'no'.")
     # Accelerate keeps the precision of a process's first Accelerator and refuses another one.
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()
@@ -295,6 +310,12 @@ def check_accelerator(accelerator: Accelerator) -> None:
     """Raise if it is none, or does what the exact step can't allow."""
     if not isinstance(accelerator, Accelerator):
         raise TypeError(f"`accelerator` must be an accelerate.Accelerator, got {accelerator!r}.")
+    if accelerator.device.type == "mps":
+        raise ValueError(
+            "`accelerator` is on the device 'mps', which has no float64, and the exact step needs "
+            "it. Train on the CPU: set ACCELERATE_USE_CPU=true before the program starts, or pass "
+            "`accelerator=Accelerator(cpu=True)`."
+        )
     accumulated = accelerator.gradient_accumulation_steps
     if accumulated != 1:
         raise ValueError(

@@ -83,7 +83,7 @@ class Saver:
             )
         weights = state["weights"] if state["weights"] is not None else checkpoint.weights()
         copy_into(trained_tensors(self.run.tower), weights)
-        self.run.load_state_dict(state["run"])
+        self.run.load_state_dict(state["run"], step=checkpoint.step)
         for callback, its_state in zip(self.callbacks, state["callbacks"], strict=True):
             callback.load_state_dict(its_state)
         self.fit.step = checkpoint.step
@@ -168,11 +168,25 @@ def config_of(run: Run, sampler: BatchSampler) -> dict[str, Any]:
 def identity_of(
     run: Run, items: TrainingItems, config: Mapping[str, Any], callbacks: Sequence[Callback]
 ) -> dict[str, Any]:
-    """What must be the same in a run that continues from a checkpoint, and a word for each."""
+    """What must be the same in a run that continues from a checkpoint, and a word for each.
+
+    Warns:
+        UserWarning: If images differ when they are loaded again, so that resuming isn't exact.
+    """
     tower, data = run.tower, items.data
     frozen = {name: p for name, p in tower.named_parameters() if not p.requires_grad}
     chosen = [i * (len(data) - 1) // (_SAMPLED_ITEMS - 1) for i in range(_SAMPLED_ITEMS)]
-    inputs = items.__getitems__([ItemKey(0, i, item) for i, item in enumerate(chosen)])
+    keys = [ItemKey(0, i, item) for i, item in enumerate(chosen)]
+    pixels: str | None = _digest_of_items(items, keys)
+    if pixels != _digest_of_items(items, keys):
+        pixels = None
+        warnings.warn(
+            "`dataset` gives other pixels when the same images are loaded again: a transform draws "
+            "from a generator of its own. A resumed run won't end in the same weights, and other "
+            "images won't be refused. Let it draw from the global generators of Python, NumPy or "
+            "torch, which are seeded for each image.",
+            stacklevel=4,
+        )
     return {
         "model": {
             "class": type(getattr(tower, "model", tower)).__qualname__,
@@ -190,7 +204,7 @@ def identity_of(
             "images": len(data),
             "labels": _digest({"labels": data.labels}),
             "class names": data.class_names,
-            "some images, preprocessed": _digest({str(i): x for i, (x, _) in enumerate(inputs)}),
+            "some images, preprocessed": pixels,
         },
         "configuration": {
             **config,
@@ -203,6 +217,11 @@ def identity_of(
             "callbacks": [_describe(callback) for callback in callbacks],
         },
     }
+
+
+def _digest_of_items(items: TrainingItems, keys: list[ItemKey]) -> str:
+    inputs = [pixels for pixels, _ in items.__getitems__(keys)]
+    return _digest({str(i): pixels for i, pixels in enumerate(inputs)})
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
@@ -243,7 +262,8 @@ def _arguments(thing: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(value, (bool, int, float, str)):
             yield name, value
         elif isinstance(value, torch.Generator):
-            yield name, value.initial_seed()
+            # Not its seed: one that has drawn since then draws something else now.
+            yield name, _digest({"state": value.get_state()})
         elif isinstance(value, Sampler):
             yield name, _describe(value)
     if isinstance(thing, nn.Module):

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from pairclip import _files
 from pairclip._packing import pack, unpack
+from pairclip.towers import adapters
 
 _FORMAT = 1
 _SHOWN = 80  # characters of a description
@@ -78,11 +79,12 @@ class Checkpoint:
 
         Args:
             tower: Changed in place. Weights that were frozen are not in a checkpoint, so it must
-                come from the same source.
+                come from the same source, with the same adapters of PEFT (wrapped or not).
 
         Raises:
             ValueError: If a weight is missing or of another shape in `tower`; it is then unchanged.
         """
+        tower = adapters.without_wrapper(tower)
         copy_into(dict(tower.named_parameters()) | dict(tower.named_buffers()), self.weights())
 
     def weights(self) -> dict[str, Tensor]:
@@ -202,13 +204,26 @@ def write_checkpoint(
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove what writers that were killed left behind, or bring back what they had moved."""
+    """Remove what writers that were killed left behind, or bring back what they had moved.
+
+    Raises:
+        OSError: If a checkpoint can't be brought back.
+
+    Warns:
+        UserWarning: For each path that can't be removed.
+    """
     for path in list(directory.iterdir()) if directory.is_dir() else ():
         replaced = _REPLACED.fullmatch(path.name)
         if replaced and not (directory / replaced[1]).exists():
             os.rename(path, directory / replaced[1])
         elif replaced or _UNFINISHED.fullmatch(path.name):
-            _delete(path)
+            try:
+                _delete(path)
+            except OSError as error:
+                warnings.warn(
+                    f"'{path}', left by a writer that was killed, could not be removed: {error}.",
+                    stacklevel=2,
+                )
 
 
 def differences(saved: Any, now: Any, name: str = "") -> Iterator[str]:
@@ -235,7 +250,11 @@ def _around(place: int, text: str) -> str:
 
 
 def trained_tensors(tower: nn.Module) -> dict[str, Tensor]:
-    """What training changes in a tower: trainable parameters and saved buffers, by name."""
+    """What training changes in a tower: trainable parameters and saved buffers, by name.
+
+    The names are those in the tower itself, where PEFT wrapped it.
+    """
+    tower = adapters.without_wrapper(tower)
     saved = tower.state_dict(keep_vars=True).keys()
     buffers = {name: buffer for name, buffer in tower.named_buffers() if name in saved}
     return {name: p for name, p in tower.named_parameters() if p.requires_grad} | buffers
@@ -251,7 +270,8 @@ def copy_into(targets: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> No
         if name not in targets:
             raise ValueError(
                 f"The checkpoint has the weight `{name}`, which the tower lacks. Load the tower "
-                "from the source that it was trained from."
+                "from the source that it was trained from; if PEFT had put adapters into it, put "
+                "the same ones in first, by `peft.get_peft_model`."
             )
         if targets[name].shape != tensor.shape:
             raise ValueError(

@@ -20,8 +20,17 @@ from pairclip._pixels import as_rgb as as_rgb
 
 # Where datasets of torchvision and its likes keep their labels.
 _LABEL_ATTRIBUTES = ("targets", "labels", "_labels")
-# What Pillow and the readers behind it raise on a damaged file.
-_READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+# What Pillow, torchvision and the readers behind them raise on a damaged file, and `as_rgb` on
+# what is no image.
+_READ_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    RuntimeError,
+    TypeError,
+    Image.DecompressionBombError,
+)
 
 
 class LabelledImages(Dataset[tuple[Any, int]]):
@@ -77,7 +86,8 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         except _READ_ERRORS as error:
             path = path_of(self.dataset, index)
             where = f"Image {index}" + (f" ({path})" if path else "")
-            raise ValueError(f"{where} can't be read: {error}") from error
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{where} can't be read: {error}") from error
         return image, int(self.labels[index])
 
 

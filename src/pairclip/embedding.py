@@ -53,8 +53,24 @@ def embed_images(
         raise TypeError(f"`images` must be a dataset or a list of images, got the path {images!r}.")
     if are_images(images):
         images = (images, np.zeros(len(images), np.int64))
-    pixels = Pixels(LabelledImages(images), tower.preprocess)
-    loader = pixel_batches(pixels, batch_size=batch_size, num_workers=num_workers)
+    return embed(tower, LabelledImages(images), batch_size=batch_size, num_workers=num_workers)
+
+
+def embed(
+    tower: VisionTower,
+    images: LabelledImages,
+    *,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    worker_init_fn: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Embed as `embed_images` does; workers call `worker_init_fn` with their number first."""
+    loader = pixel_batches(
+        Pixels(images, tower.preprocess),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        worker_init_fn=worker_init_fn,
+    )
     device = next((p.device for p in tower.parameters()), torch.device("cpu"))
     embeddings = []
     with torch.inference_mode(), evaluating(tower):
@@ -87,12 +103,19 @@ class Pixels(Dataset[Tensor]):
         return [self[index] for index in indices]
 
 
-def pixel_batches(pixels: Pixels, *, batch_size: int, num_workers: int) -> DataLoader[Tensor]:
+def pixel_batches(
+    pixels: Pixels,
+    *,
+    batch_size: int,
+    num_workers: int,
+    worker_init_fn: Callable[[int], None] | None = None,
+) -> DataLoader[Tensor]:
     """All items in order, in batches; no random generator is touched."""
     return DataLoader(
         pixels,
         batch_size=batch_size,
         num_workers=num_workers,
+        worker_init_fn=worker_init_fn,
         generator=torch.Generator(),  # else the loader draws from the caller's
     )
 

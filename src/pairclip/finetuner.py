@@ -178,8 +178,8 @@ class Finetuner:
             )
         if optimizer is not None and (learning_rate != _LEARNING_RATE or weight_decay):
             raise ValueError(
-                "`learning_rate` and `weight_decay` are for the default AdamW and would be "
-                "ignored. Set them in the `optimizer` that you give."
+                f"`learning_rate` {learning_rate} and `weight_decay` {weight_decay} are for the "
+                "default AdamW and would be ignored. Set them in the `optimizer` that you give."
             )
         if micro_batch_size is not None:
             _checks.check_positive_int("micro_batch_size", micro_batch_size)
@@ -243,13 +243,14 @@ class Finetuner:
             eval_dataset: Evaluated during training.
             eval_every: Steps between evaluations; None evaluates after every epoch.
             checkpoint_dir: Folder for checkpoints. With it, Ctrl-C and SIGTERM end the step,
-                write a checkpoint and then stop the program.
+                write a checkpoint and then stop the program; a second Ctrl-C stops at once.
             checkpoint_every: Steps between checkpoints; None writes one after every epoch.
             keep_checkpoints: How many of the last checkpoints stay, beside the one with the best
                 mean average precision.
             resume: Continue from the newest whole checkpoint in `checkpoint_dir`; without one,
                 start. On the CPU the weights end bit for bit as without the interruption.
-            num_workers: Processes that load and preprocess images beside the training.
+            num_workers: Processes that load and preprocess images beside the training; in an
+                evaluation as many.
 
         Returns:
             The history, of the earlier parts of a resumed run too.
@@ -258,16 +259,19 @@ class Finetuner:
             ValueError: If an argument is wrong or would be ignored, an image can't be read, the
                 dataset can't form the batches, the checkpoint is of another model, dataset or
                 configuration, or there are checkpoints already and `resume` is not set.
-            FloatingPointError: If the loss, an embedding or a gradient isn't finite. The tower
-                then has the last weights that gave a finite loss.
+            FloatingPointError: If the loss, an embedding, a gradient or a weight isn't finite.
+                The tower then has its weights of at most 10 steps before, which gave a finite
+                loss; or those that it started with.
 
         Warns:
-            UserWarning: If a checkpoint could not be written, or is damaged and passed over.
+            UserWarning: If a checkpoint could not be written, or is damaged and passed over; or
+                resuming will not be exact, because a transform draws from its own generator.
         """
         _check_length(epochs, max_steps)
         _check_every("eval", eval_every, "dataset", eval_dataset)
         _check_every("checkpoint", checkpoint_every, "dir", checkpoint_dir)
         _checks.check_positive_int("keep_checkpoints", keep_checkpoints)
+        _checks.check_count("num_workers", num_workers)
         if keep_checkpoints != _KEEP and checkpoint_dir is None:
             raise ValueError(
                 f"`keep_checkpoints` {keep_checkpoints} would be ignored: there is no "
@@ -313,6 +317,11 @@ class Finetuner:
             )
             saver.resume(wanted=resume)
         signals = StopSignals(active=saver is not None)
+        leave = partial(leave_stopping_to_main, left=signals.left)
+        workers: dict[str, Any] = {
+            "num_workers": num_workers,
+            "worker_init_fn": None if saver is None else leave,
+        }
         loader = DataLoader(
             items,
             batch_sampler=RunBatches(
@@ -323,12 +332,9 @@ class Finetuner:
                 process=accelerator.process_index,
                 num_processes=accelerator.num_processes,
             ),
-            num_workers=num_workers,
             pin_memory=accelerator.device.type == "cuda",
-            worker_init_fn=None
-            if saver is None
-            else partial(leave_stopping_to_main, left=signals.left),
             generator=torch.Generator().manual_seed(self.seed),
+            **workers,
         )
         loop = Loop(
             run,
@@ -337,6 +343,7 @@ class Finetuner:
             steps_per_epoch=len(sampler),
             evaluated=evaluated,
             eval_every=eval_every or len(sampler),
+            workers=workers,
             saver=saver,
             signals=signals,
         )

@@ -59,6 +59,7 @@ class Tracker(Callback):
 
     def on_fit_start(self, fit: FitState) -> None:
         """Open the tracker, and log what the fit was asked for."""
+        self._finish()  # an interrupted fit left it open, and MLflow has one run at a time
         self.tracker = self.chosen
         if not isinstance(self.chosen, GeneralTracker):
             kind: Any = LOGGER_TYPE_TO_CLASS[str(self.chosen)]
@@ -88,7 +89,12 @@ class Tracker(Callback):
 
     def on_fit_end(self, fit: FitState) -> None:
         """Close the tracker."""
-        self.tracker.finish()
+        self._finish()
+
+    def _finish(self) -> None:
+        if self.tracker is not None:
+            self.tracker.finish()
+            self.tracker = None
 
     def _log(self, values: dict[str, Any], step: int) -> None:
         self.tracker.log({k: v for k, v in values.items() if isinstance(v, (int, float))}, step)

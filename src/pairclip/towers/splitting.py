@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -22,6 +23,14 @@ class _Part(PretrainedTower):
         super().__init__(model, whole.image_processor)
         self.family = whole.family  # type: ignore[misc]
         self.image_size = whole.image_size
+        self._whole = (whole,)  # in a tuple, for it is no part of this part
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Part:
+        """Move or convert all of the tower: its parts share modules, so they belong together."""
+        whole: Any = self._whole[0]
+        whole._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> NoReturn:
         """Refuse: it would not be a model that `transformers` knows."""
