@@ -166,6 +166,7 @@ class Run:
             scale = scaler.get_scale()
             scaler.update()
             self.skipped_steps += scaler.get_scale() < scale
+        self.optimizer.zero_grad()  # not at the next step: an evaluation before it needs the memory
         return batch, {
             "loss": value,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
