@@ -9,10 +9,10 @@ loop: seconds per step on the same tower, images and batches, with the same loss
 AdamW, in float32 on the CPU, with data loading and preprocessing in the step. "bare" is a
 hand-written loop over a DataLoader. The other two are the trainers of pytorch-metric-learning (PML)
 and sentence-transformers, which gets the images through `datasets` undecoded and preprocesses a
-batch in one call. All take turns in one process, in an order that is reversed every round. The
-first step of each run is not counted, nor the last, before which sentence-transformers, a batch
-ahead, has nothing to load. Compared are medians over all steps of all rounds. "tiny" is there for
-the milliseconds that a step costs more.
+batch in one call. All take turns in one process, each round from the next one on, and the first
+round is not counted. Nor is the first step of each run, nor the last, before which
+sentence-transformers, a batch ahead, has nothing to load. Compared are medians over all steps of all
+rounds. "tiny" is there for the milliseconds that a step costs more.
 
 features: a whole epoch of `Finetuner(head, loss).fit(features)` with the last 2 of 12 blocks of a
 ViT-B/32, opening of the file and float16 included, against those blocks alone: forward, loss,
@@ -341,8 +341,10 @@ def measure_loop(job: Row) -> Row:
             contenders.remove(contender)
             missing[contender] = str(error)
     seconds: dict[str, list[float]] = {contender: [] for contender in contenders}
-    for number in range(job["rounds"]):
-        for contender in contenders if number % 2 == 0 else reversed(contenders):
+    # Nobody's share is larger of the process's first minute, nor of any place in a round.
+    for number in range(1 + job["rounds"]):
+        first = number % len(contenders)
+        for contender in contenders[first:] + contenders[:first]:
             stamps.clear()
             work.tower.zero_grad()
             gc.collect()
@@ -350,7 +352,8 @@ def measure_loop(job: Row) -> Row:
             if len(stamps) != len(batches):
                 raise ValueError(f"{contender} took {len(stamps)} of {len(batches)} steps.")
             intervals = [later - earlier for earlier, later in pairwise(stamps)]
-            seconds[contender] += intervals[:-1]
+            if number:
+                seconds[contender] += intervals[:-1]
     return {"step_seconds": seconds, "missing": missing}
 
 
