@@ -9,10 +9,10 @@ loop: seconds per step on the same tower, images and batches, with the same loss
 AdamW, in float32 on the CPU, with data loading and preprocessing in the step. "bare" is a
 hand-written loop over a DataLoader. The other two are the trainers of pytorch-metric-learning (PML)
 and sentence-transformers, which gets the images through `datasets` undecoded and preprocesses a
-batch in one call. All take turns in one process, each round from the next one on, and the first
-round is not counted. Nor is the first step of each run, nor the last, before which
-sentence-transformers, a batch ahead, has nothing to load. Compared are medians over all steps of all
-rounds. "tiny" is there for the milliseconds that a step costs more.
+batch in one call. All take turns in one process, in orders in which each follows each other as
+often, and the first round is not counted. Nor is the first step of each run, nor the last, before
+which sentence-transformers, a batch ahead, has nothing to load. Compared are medians over all steps
+of all rounds. "tiny" is there for the milliseconds that a step costs more.
 
 features: a whole epoch of `Finetuner(head, loss).fit(features)` with the last 2 of 12 blocks of a
 ViT-B/32, opening of the file and float16 included, against those blocks alone: forward, loss,
@@ -341,10 +341,13 @@ def measure_loop(job: Row) -> Row:
             contenders.remove(contender)
             missing[contender] = str(error)
     seconds: dict[str, list[float]] = {contender: [] for contender in contenders}
-    # Nobody's share is larger of the process's first minute, nor of any place in a round.
+    # Nobody has more of the process's first minute, or more often comes after the same other one,
+    # whose memory is left in pieces (Williams 1949, "Experimental designs balanced for the
+    # estimation of residual effects of treatments").
+    zigzag = [(i + 1) // 2 * (-1) ** (i + 1) for i in range(len(contenders))]
     for number in range(1 + job["rounds"]):
-        first = number % len(contenders)
-        for contender in contenders[first:] + contenders[:first]:
+        for place in zigzag:
+            contender = contenders[(place + number) % len(contenders)]
             stamps.clear()
             work.tower.zero_grad()
             gc.collect()
