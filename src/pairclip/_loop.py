@@ -79,7 +79,6 @@ class Loop:
         with bar:
             for pixels, labels in () if self._over() else batches:
                 record = self._step(pixels, labels)
-                del pixels  # else there are two batches while the next one is loaded
                 bar.set_postfix(loss=f"{record['loss']:.4f}", rate=f"{record['learning_rate']:.1e}")
                 bar.update()
                 if self._agree():

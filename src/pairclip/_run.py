@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -53,7 +52,7 @@ class Run:
         buffers = [b for module in self.modules for b in module.buffers() if b.is_floating_point()]
         self.state = _distinct([*self.parameters, *buffers])
         # What gave a finite loss, for when a later one isn't.
-        self.good = _copies(self.state)
+        self.good = [tensor.detach().clone() for tensor in self.state]
         self.good_step = 0
 
     def _trainable(self) -> list[nn.Parameter]:
@@ -261,22 +260,6 @@ def _frozen(norm: _BatchNorm) -> bool:
 def _distinct(tensors: list[_T]) -> list[_T]:
     """Each once, though a loss may hold the tower."""
     return list({id(tensor): tensor for tensor in tensors}.values())
-
-
-def _copies(tensors: list[Tensor]) -> list[Tensor]:
-    """Copies in one piece of memory.
-
-    Hundreds of large pieces, among what a backward takes and frees, have the system's allocator
-    give memory back and fault it in again at every step: 2 % of one of a ViT-B/32 on the CPU.
-    """
-    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
-    for tensor in tensors:
-        kinds[tensor.device, tensor.dtype].append(tensor.detach())
-    pieces = {
-        kind: iter(torch.cat([t.flatten() for t in same]).split([t.numel() for t in same]))
-        for kind, same in kinds.items()
-    }
-    return [next(pieces[t.device, t.dtype]).view_as(t) for t in tensors]
 
 
 def _on_batches(loss: Loss | CosinePairLoss) -> Loss:
