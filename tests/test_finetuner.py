@@ -20,6 +20,7 @@ from torch.utils.data import BatchSampler, SequentialSampler
 
 from pairclip import (
     AllPairsCosineLoss,
+    Callback,
     ClassBalancedSampler,
     CosinePairLoss,
     Evaluation,
@@ -34,6 +35,7 @@ from pairclip import (
     evaluate,
     load_tower,
 )
+from pairclip.callbacks import FitState
 from pairclip.embedding import pixel_batches
 
 SQUARED = AllPairsCosineLoss(negatives="squared", positive_fraction=0.5)
@@ -195,6 +197,17 @@ def test_evaluations_come_after_each_epoch_or_as_often_as_asked(tower, images) -
     expected = evaluate(tower, images).to_dict()
     single = {key: value for key, value in expected.items() if isinstance(value, (int, float))}
     assert history.evaluations[-1] == {"step": 5, **single}
+
+
+def test_gradients_are_gone_after_each_step(tower, images) -> None:
+    class Look(Callback):
+        def on_step(self, fit: FitState) -> None:
+            looked.append([p.grad is None for p in fit.parameters])
+
+    looked: list[list[bool]] = []
+    Finetuner(tower, SQUARED, callbacks=[Look()]).fit(images, batch_size=12, max_steps=2)
+    assert len(looked) == 2
+    assert all(map(all, looked))
 
 
 def test_an_evaluation_lists_no_arrays(tower, images, monkeypatch) -> None:

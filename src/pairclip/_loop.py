@@ -161,8 +161,7 @@ class Loop:
             self.saver.save()
 
 
-def _evaluation(tower: VisionTower, dataset: Any, workers: Mapping[str, Any]) -> Evaluation:
-    data = LabelledImages(dataset)
+def _evaluation(tower: VisionTower, data: Any, workers: Mapping[str, Any]) -> Evaluation:
     embeddings = embed(tower, data, **workers)
     return evaluate_embeddings(embeddings, data.labels, class_names=data.class_names)
 

@@ -53,9 +53,8 @@ def recall_at_k(
         1.0
     """
     _checks.check_positive_int("k", k)
-    return means([partial(_ranking.hit, k=k)], embeddings, labels, queries, query_labels, first=k)[
-        0
-    ]
+    figure = partial(_ranking.hit, k=k)
+    return means([figure], embeddings, labels, queries, query_labels, first=k)[0]
 
 
 def precision_at_k(

@@ -74,7 +74,7 @@ class Callback(Protocol):
         """Called before the first step; when a fit resumes, after `load_state_dict`."""
 
     def on_step(self, fit: FitState) -> None:
-        """Called after each step."""
+        """Called after each step; the gradients of the parameters are gone by then."""
 
     def on_evaluation(self, fit: FitState) -> None:
         """Called after each evaluation, with the weights that were evaluated."""
