@@ -22,6 +22,7 @@ from transformers.utils import logging
 from pairclip import _checks
 from pairclip.towers import adapters
 from pairclip.towers.base import Preprocess, VisionTower
+from pairclip.towers.views import for_class_token
 
 # Settings that decide what the same weights give.
 _SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads", "patch_size", "image_size")
@@ -119,7 +120,7 @@ class PretrainedTower(VisionTower):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Encode ``[B, 3, H, W]``, as `preprocess` makes them, into ``[B, D]``."""
-        output = self.model(pixel_values=pixel_values)
+        output = for_class_token(self.model, self._vision())(pixel_values=pixel_values)
         embeddings: Tensor = output["image_embeds" if "image_embeds" in output else "pooler_output"]
         return embeddings
 

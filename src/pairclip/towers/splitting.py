@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -14,6 +13,7 @@ from pairclip import _checks
 from pairclip.towers import adapters
 from pairclip.towers.base import VisionTower, evaluating
 from pairclip.towers.pretrained import PretrainedTower
+from pairclip.towers.views import kept, view
 
 
 class _Part(PretrainedTower):
@@ -103,33 +103,18 @@ def split(tower: PretrainedTower, k: int) -> tuple[VisionTower, VisionTower]:
         raise ValueError(f"`k` must be at most {len(blocks)}, the tower's blocks, got {k}.")
     cut = len(blocks) - k
     model, vision = adapters.without_wrapper(tower.model), tower._vision()
-    trunk = _view(vision, encoder=_view(vision.encoder, layers=_kept(blocks[:cut])))
+    trunk = view(vision, encoder=view(vision.encoder, layers=kept(blocks[:cut])))
     for name in ("post_layernorm", "head"):
         trunk._modules.pop(name, None)
-    head = _view(
-        vision, embeddings=_Through(), encoder=_view(vision.encoder, layers=_kept(blocks[cut:]))
+    head = view(
+        vision, embeddings=_Through(), encoder=view(vision.encoder, layers=kept(blocks[cut:]))
     )
     if hasattr(vision, "pre_layrnorm"):
         head.pre_layrnorm = _Through()
     # Where the transformer is not the model itself, the model calls it so.
     if vision is not model:
-        head = _view(model, vision_model=head)
+        head = view(model, vision_model=head)
     return Trunk(tower, trunk), Head(tower, head)
-
-
-def _view(module: nn.Module, **children: nn.Module) -> Any:
-    """A module that works as this one does, with some other children; all else is shared."""
-    view = copy.copy(module)
-    view._modules = {**module._modules, **children}
-    return view
-
-
-def _kept(blocks: list[tuple[str, nn.Module]]) -> nn.ModuleList:
-    """Blocks under the names that they have in the tower, whichever come first."""
-    layers = nn.ModuleList()
-    for name, block in blocks:
-        layers.add_module(name, block)
-    return layers
 
 
 class _Through(nn.Module):
