@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from pairclip.finetuner import Finetuner
 
 _T = TypeVar("_T", bound=Tensor)
-# Steps between copies of the weights, which are taken back when a loss is not finite.
-_KEPT_EVERY = 10
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -49,11 +47,7 @@ class Run:
         groups = self.optimizer.param_groups
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.peak_rates = [group["lr"] for group in groups]
-        buffers = [b for module in self.modules for b in module.buffers() if b.is_floating_point()]
-        self.state = _distinct([*self.parameters, *buffers])
-        # What gave a finite loss, for when a later one isn't.
-        self.good = [tensor.detach().clone() for tensor in self.state]
-        self.good_step = 0
+        self.buffers = _distinct([b for module in self.modules for b in module.buffers()])
 
     def _trainable(self) -> list[nn.Parameter]:
         if not any(parameter.requires_grad for parameter in self.tower.parameters()):
@@ -130,6 +124,7 @@ class Run:
         self.optimizer.zero_grad()
         for module in self.modules:
             module.zero_grad()
+        buffers = [buffer.clone() for buffer in self.buffers]
         batch = backward(
             self.model,
             self.loss,
@@ -154,11 +149,17 @@ class Run:
             ]
         )
         value, total, gradient_norm = watched.tolist()
-        self._check_finite(step, value, total, gradient_norm)
+        trouble = self._not_finite(value, total, gradient_norm)
+        if trouble is not None:
+            for buffer, old in zip(self.buffers, buffers, strict=True):
+                buffer.copy_(old)
+            raise FloatingPointError(
+                f"Stopped at step {step} of {self.num_steps}: {trouble}. The tower has the weights "
+                "that it had before this step. Lower `learning_rate`, or check the loss and the "
+                "images."
+            )
         if settings.max_grad_norm is not None and not gradient_norm <= settings.max_grad_norm:
             nn.utils.clip_grads_with_norm_(self.parameters, settings.max_grad_norm, norm)
-        if (step - 1) % _KEPT_EVERY == 0:
-            self._remember(step - 1)
         if scaler is None:
             self.optimizer.step()
         else:
@@ -173,11 +174,6 @@ class Run:
             "gradient_norm": gradient_norm if math.isfinite(gradient_norm) else None,
         }
 
-    def _remember(self, step: int) -> None:
-        self.good_step = step
-        for good, tensor in zip(self.good, self.state, strict=True):
-            good.copy_(tensor.detach())
-
     def state_dict(self) -> dict[str, Any]:
         """All that decides the next steps but the tower's weights."""
         scaler = self.accelerator.scaler
@@ -189,8 +185,8 @@ class Run:
             "skipped_steps": self.skipped_steps,
         }
 
-    def load_state_dict(self, state: dict[str, Any], *, step: int) -> None:
-        """Take what `state_dict` gave after `step`, when the tower has its weights already."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what `state_dict` gave."""
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -198,34 +194,25 @@ class Run:
             loss: Any = self.settings.loss
             loss.load_state_dict(state["loss"])
         self.skipped_steps = state["skipped_steps"]
-        self._remember(step)
 
     def check_weights(self, step: int) -> None:
-        """Take back a step that left a weight which isn't finite."""
+        """Raise if `step` left a weight which isn't finite, before it is used or saved."""
         sums = torch.stack([p.detach().sum(dtype=torch.float64) for p in self.parameters])
         if not bool(sums.isfinite().all()):
-            self._stop(step, "a weight is not finite after it")
+            raise FloatingPointError(
+                f"Stopped at step {step} of {self.num_steps}: a weight is not finite after it, so "
+                "this tower is lost. Load it again, or a checkpoint, and lower `learning_rate`."
+            )
 
-    def _check_finite(self, step: int, loss: float, total: float, gradient_norm: float) -> None:
-        if math.isfinite(loss) and math.isfinite(total):
-            # In float16 the scaler skips a step whose gradient overflows.
-            if math.isfinite(gradient_norm) or self.accelerator.mixed_precision == "fp16":
-                return
-            what = f"the gradient's norm is {gradient_norm}"
-        elif not math.isfinite(total):
-            what = "an embedding is not finite"
-        else:
-            what = f"the loss is {loss}"
-        self._stop(step, what)
-
-    def _stop(self, step: int, what: str) -> NoReturn:
-        for good, tensor in zip(self.good, self.state, strict=True):
-            tensor.detach().copy_(good)
-        kept = f"after step {self.good_step}" if self.good_step else "before the first step"
-        raise FloatingPointError(
-            f"Stopped at step {step} of {self.num_steps}: {what}. The tower has the weights that "
-            f"it had {kept}. Lower `learning_rate`, or check the loss and the images."
-        )
+    def _not_finite(self, loss: float, total: float, gradient_norm: float) -> str | None:
+        if not math.isfinite(total):
+            return "an embedding is not finite"
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        # In float16 the scaler skips a step whose gradient overflows.
+        if math.isfinite(gradient_norm) or self.accelerator.mixed_precision == "fp16":
+            return None
+        return f"the gradient's norm is {gradient_norm}"
 
     @contextmanager
     def training(self) -> Iterator[None]:

@@ -83,7 +83,7 @@ class Saver:
             )
         weights = state["weights"] if state["weights"] is not None else checkpoint.weights()
         copy_into(trained_tensors(self.run.tower), weights)
-        self.run.load_state_dict(state["run"], step=checkpoint.step)
+        self.run.load_state_dict(state["run"])
         for callback, its_state in zip(self.callbacks, state["callbacks"], strict=True):
             callback.load_state_dict(its_state)
         self.fit.step = checkpoint.step

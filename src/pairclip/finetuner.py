@@ -260,8 +260,8 @@ class Finetuner:
                 dataset can't form the batches, the checkpoint is of another model, dataset or
                 configuration, or there are checkpoints already and `resume` is not set.
             FloatingPointError: If the loss, an embedding, a gradient or a weight isn't finite.
-                The tower then has its weights of at most 10 steps before, which gave a finite
-                loss; or those that it started with.
+                The first three are seen before they change a weight: the tower then has those
+                from before the step.
 
         Warns:
             UserWarning: If a checkpoint could not be written, or is damaged and passed over; or
