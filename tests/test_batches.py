@@ -9,11 +9,20 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+)
+from transformers import CLIPImageProcessor
 
-from pairclip import ClassBalancedSampler, PairSampler
+from pairclip import ClassBalancedSampler, PairSampler, _batches
 from pairclip._batches import ItemKey, RunBatches, TrainingItems, random_state_kept
 from pairclip.datasets import LabelledImages
+from pairclip.towers.base import Preprocess
 
 LABELS = [number % 3 for number in range(24)]
 
@@ -335,6 +344,25 @@ def test_an_item_draws_what_its_key_says_whatever_is_loaded_beside_it() -> None:
         assert len({value[column].item() for value, _ in together}) == 4
     other_seed = items(seed=1).__getitems__(keys)
     assert not {value[1].item() for value, _ in together} & {v[1].item() for v, _ in other_seed}
+
+
+@pytest.mark.parametrize("kind", ["array", "joined", "sequence", "transform"])
+def test_items_are_seeded_where_anything_may_draw(kind: str, monkeypatch) -> None:
+    class Noisy(list):  # type: ignore[type-arg]
+        def __getitem__(self, index: Any) -> Any:
+            return np.random.randint(0, 256, (4, 4, 3)).astype(np.uint8)  # noqa: NPY002
+
+    pictures: Any = np.zeros((24, 4, 4, 3), np.uint8)
+    data: Any = (Noisy(pictures) if kind == "sequence" else pictures, LABELS)
+    if kind == "joined":
+        data = ConcatDataset([Subset(data, range(12)), Subset(data, range(12, 24))])
+    processor = CLIPImageProcessor(size={"shortest_edge": 4}, crop_size={"height": 4, "width": 4})
+    preprocess = Preprocess(noisy if kind == "transform" else processor)
+    seeded: list[Any] = []
+    monkeypatch.setattr(_batches, "seed_all", lambda *what: seeded.append(what))
+    loaded = TrainingItems(LabelledImages(data), preprocess, seed=0)
+    assert len(loaded.__getitems__([ItemKey(0, 0, 5), ItemKey(0, 1, 20)])) == 2
+    assert len(seeded) == (0 if kind in ("array", "joined") else 2)
 
 
 def test_loading_items_leaves_the_global_generators_alone() -> None:

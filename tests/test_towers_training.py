@@ -275,6 +275,29 @@ def test_attention_dropout_of_the_last_block_is_that_of_training_alone() -> None
     assert not torch.equal(one, other)
 
 
+@torch.no_grad()  # with gradients, torch warns of its own
+@pytest.mark.parametrize("compiled", ["tower", "model", "block", "returned"])
+def test_what_is_compiled_runs_as_it_is(compiled: str) -> None:
+    tower = new_tower("clip")
+    expected, graphs = tower(pixels()), []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    part = {"model": tower.model, "block": tower.blocks[-1]}.get(compiled, tower)
+    if compiled == "returned":
+        tower.model = torch.compile(tower.model, backend=backend)
+    else:
+        part.compile(backend=backend)
+    assert_close(tower(pixels()), expected, rtol=0, atol=1e-5)
+    compiled_once = len(graphs)
+    assert compiled_once
+    for _ in range(2):
+        assert_close(tower(pixels()), expected, rtol=0, atol=1e-5)
+    assert len(graphs) == compiled_once
+
+
 @pytest.mark.parametrize("watch", ["hook", "gradient hook", "patched", "another class", "config"])
 def test_a_last_block_that_is_watched_or_changed_runs_as_it_is(watch: str) -> None:
     tower = new_tower("clip")

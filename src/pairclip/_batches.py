@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pairclip import _checks
-from pairclip.datasets import LabelledImages
+from pairclip.datasets import LabelledImages, in_memory
 from pairclip.samplers import ClassBalancedSampler, PairSampler
 from pairclip.towers.base import Preprocess
 
@@ -46,14 +46,18 @@ class TrainingItems(Dataset[tuple[Tensor, int]]):
         self.data = data
         self.preprocess = preprocess
         self.seed = seed
+        self._at_once = isinstance(preprocess, Preprocess) and preprocess.fixed
+        # Seeds take as long as small images do, and here nothing draws.
+        self._draws = not (data.of_features or (self._at_once and in_memory(data.dataset)))
 
     def __getitems__(self, keys: list[ItemKey]) -> list[tuple[Tensor, int]]:
         """The items of one batch (a `DataLoader` asks for them at once)."""
         with random_state_kept():
-            if not isinstance(self.preprocess, Preprocess) or not self.preprocess.fixed:
+            if not self._at_once:
                 return [self[key] for key in keys]
             images, labels = zip(*map(self._read, keys), strict=True)
-        return list(zip(self.preprocess.batch(images), labels, strict=True))
+        preprocess: Any = self.preprocess
+        return list(zip(preprocess.batch(images), labels, strict=True))
 
     def __getitem__(self, key: ItemKey) -> tuple[Tensor, int]:
         """One item; it seeds the global generators of Python, NumPy and torch (CPU)."""
@@ -61,7 +65,7 @@ class TrainingItems(Dataset[tuple[Tensor, int]]):
         return self.preprocess(image), label
 
     def _read(self, key: ItemKey) -> tuple[Any, int]:
-        if not self.data.of_features:  # which are read as they were written: nothing is random
+        if self._draws:
             seed_all(Drawn.ITEM, self.seed, key.epoch, key.position)
         return self.data[key.item]
 

@@ -147,6 +147,15 @@ def _of_features(dataset: Any) -> bool:
     return getattr(dataset, "of_features", False) is True
 
 
+def in_memory(dataset: Any) -> bool:
+    """Whether its images are an array or a tensor, so that reading one draws nothing at random."""
+    if isinstance(dataset, Subset) and _is_view(dataset):
+        return in_memory(dataset.dataset)
+    if isinstance(dataset, ConcatDataset) and _is_view(dataset):
+        return all(map(in_memory, dataset.datasets))
+    return _is_pair(dataset) and type(dataset[0]) in (np.ndarray, Tensor)
+
+
 def _is_pair(dataset: Any) -> bool:
     return isinstance(dataset, tuple) and len(dataset) == 2
 

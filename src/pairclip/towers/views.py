@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import CLIPVisionModel, CLIPVisionModelWithProjection
@@ -33,9 +34,13 @@ def kept(blocks: Iterable[tuple[str, nn.Module]]) -> nn.ModuleList:
 def for_class_token(model: Any, vision: Any) -> Any:
     """A CLIP model whose last block computes the class token alone, all that an embedding needs.
 
-    Any other model, and one whose last block is changed or watched by hooks, as it is.
+    Any other model, a compiled one, and one whose last block is changed or watched by hooks, as it
+    is.
     """
-    if type(model) not in (CLIPVisionModel, CLIPVisionModelWithProjection):
+    known = type(model) in (CLIPVisionModel, CLIPVisionModelWithProjection)
+    if not known or torch.compiler.is_compiling():
+        return model
+    if any(map(_is_compiled, (model, vision, vision.encoder))):
         return model
     blocks = list(vision.encoder.layers.named_children())
     if not blocks or not _as_published(blocks[-1][1]):
@@ -48,9 +53,16 @@ def _as_published(block: Any) -> bool:
     if type(block) is not CLIPEncoderLayer or type(block.self_attn) is not CLIPAttention:
         return False
     return not any(
-        "forward" in vars(part) or any(getattr(part, hooks) for hooks in _HOOKS)
+        "forward" in vars(part)
+        or _is_compiled(part)
+        or any(getattr(part, hooks) for hooks in _HOOKS)
         for part in block.modules()
     )
+
+
+def _is_compiled(part: nn.Module) -> bool:
+    """By its method `compile`; what `torch.compile` returns has a class of its own."""
+    return getattr(part, "_compiled_call_impl", None) is not None
 
 
 class _ForClassToken(nn.Module):
