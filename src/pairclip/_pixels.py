@@ -31,7 +31,8 @@ def as_rgb(image: Any) -> Image.Image:
             f"An image of integers must be uint8 in [0, 255], got {array.dtype}. Convert it, or "
             "give floats in [0, 1]."
         )
-    return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
+    made = Image.fromarray(np.ascontiguousarray(array))
+    return made if made.mode == "RGB" else made.convert("RGB")
 
 
 def _channels_last(image: Any) -> npt.NDArray[Any]:
@@ -54,7 +55,7 @@ def _channels_last(image: Any) -> npt.NDArray[Any]:
     if array.ndim == 3:
         for axis in possible_axes:
             if array.shape[axis] in (1, 3, 4):
-                array = np.moveaxis(array, axis, 2)
+                array = array if axis == 2 else np.moveaxis(array, axis, 2)
                 return array[:, :, 0] if array.shape[2] == 1 else array
     raise ValueError(
         "An image must have shape [H, W] or [3, H, W], or [H, W, 3] as an array, got "
