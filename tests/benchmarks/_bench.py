@@ -7,6 +7,7 @@ memory, threads or imports. Linux only: memory is read from /proc.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -17,6 +18,9 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,6 +126,119 @@ def serve(job: str, measure: Callable[[Row], Row]) -> None:
             raise
         result = {"outcome": OUT_OF_MEMORY}
     print(json.dumps(result))
+
+
+class Turns:
+    """How a worker of `run_in_turns` waits for its turns, and tells how long its steps took."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._seconds: list[float] = []
+        # What a library prints must not come between the lines of the results.
+        self._results = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+        self._start = 0.0
+
+    def wait(self) -> None:
+        """Return when it is this worker's turn; its clock starts then."""
+        if not sys.stdin.readline():
+            raise EOFError("Whoever gives the turns is gone.")
+        self._start = time.perf_counter()
+
+    def step_done(self) -> None:
+        """Note the time of a step, and give the turn away after the last one."""
+        now = time.perf_counter()
+        self._seconds.append(now - self._start)
+        self._start = now
+        if len(self._seconds) == self._steps:
+            self.tell({"seconds": self._seconds})
+            self._seconds = []
+            self.wait()
+
+    def tell(self, result: Row) -> None:
+        print(json.dumps(result), file=self._results, flush=True)
+
+
+def run_in_turns(
+    script: str,
+    jobs: dict[str, Row],
+    orders: Sequence[Sequence[str]],
+    steps: int,
+    limits: Limits,
+    environment: dict[str, str] | None = None,
+) -> Row:
+    """Start a worker for each job, which take turns in the given orders, one at a time.
+
+    Returns the outcome, ``seconds`` of each step of each turn of each worker, and who is
+    ``missing`` a package.
+    """
+    workers: dict[str, subprocess.Popen[str]] = {}
+    seconds: dict[str, list[list[float]]] = {}
+    missing: dict[str, str] = {}
+    with tempfile.TemporaryFile("w+") as errors:
+        timer = threading.Timer(limits.seconds, lambda: _kill(list(workers.values())))
+        timer.start()
+        try:
+            for name, job in jobs.items():
+                limited = job | {"memory_bytes": int(limits.memory_gib * 2**30), "steps": steps}
+                workers[name] = subprocess.Popen(
+                    [sys.executable, script, "--worker", json.dumps(limited)],
+                    env=os.environ | (environment or {}),
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    text=True,
+                )
+            for name in [name for order in orders for name in order]:
+                if name in missing:
+                    continue
+                result = _turn_of(workers[name])
+                if result is None:
+                    errors.seek(0)
+                    late = not timer.is_alive()
+                    detail = f"{name}: {errors.read()[-2000:]}"
+                    return {"outcome": TIMED_OUT if late else FAILED, "detail": detail}
+                if "missing" in result:
+                    missing[name] = result["missing"]
+                else:
+                    seconds.setdefault(name, []).append(result["seconds"])
+        finally:
+            timer.cancel()
+            for worker in workers.values():
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    worker.communicate(timeout=30)  # its next wait for a turn ends it
+            _kill(list(workers.values()))
+    return {"outcome": MEASURED, "seconds": seconds, "missing": missing}
+
+
+def _turn_of(worker: subprocess.Popen[str]) -> Row | None:
+    """What the worker tells at the end of its turn; None if it has ended."""
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    try:
+        print("go", file=worker.stdin, flush=True)
+    except BrokenPipeError:
+        return None
+    line = worker.stdout.readline()
+    return json.loads(line) if line else None
+
+
+def _kill(workers: list[subprocess.Popen[str]]) -> None:
+    for worker in workers:
+        worker.kill()
+
+
+def serve_in_turns(job: str, work: Callable[[Row, Turns], None]) -> None:
+    """Do one job of `run_in_turns` in this process, under its memory limit."""
+    settings = json.loads(job)
+    memory = settings.pop("memory_bytes")
+    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    turns = Turns(settings["steps"])
+    try:
+        turns.wait()
+        work(settings, turns)
+    except ModuleNotFoundError as error:
+        turns.tell({"missing": str(error)})
 
 
 def resident_bytes() -> int:
