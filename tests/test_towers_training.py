@@ -298,6 +298,22 @@ def test_what_is_compiled_runs_as_it_is(compiled: str) -> None:
     assert len(graphs) == compiled_once
 
 
+@pytest.mark.parametrize("kind", ["clip", "bare clip"])
+@pytest.mark.parametrize("part", ["model", "encoder", "last block"])
+def test_a_part_with_another_forward_runs_as_it_is(kind: str, part: str) -> None:
+    """As Accelerate's offloading does it."""
+    tower = new_tower(kind)
+    expected = tower(pixels())
+    patched = {"model": tower.model, "encoder": tower._vision().encoder}.get(part, tower.blocks[-1])
+    old, calls = patched.forward, []
+    patched.forward = lambda *a, **k: (calls.append(part), old(*a, **k))[1]
+    assert_close(tower(pixels()), expected, rtol=0, atol=1e-5)
+    assert calls == [part]
+    if part != "last block":
+        with pytest.raises(NotImplementedError, match="has a `forward` of its own"):
+            tower.split(1)
+
+
 @pytest.mark.parametrize("watch", ["hook", "gradient hook", "patched", "another class", "config"])
 def test_a_last_block_that_is_watched_or_changed_runs_as_it_is(watch: str) -> None:
     tower = new_tower("clip")

@@ -200,7 +200,8 @@ class VisionTower(nn.Module):
 
         Raises:
             ValueError: If `k` is more than there are blocks.
-            NotImplementedError: For a tower that is neither CLIP nor SigLIP.
+            NotImplementedError: For a tower that is neither CLIP nor SigLIP, or whose model has
+                another `forward` than its class.
 
         Example:
             >>> import torch

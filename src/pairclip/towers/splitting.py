@@ -103,6 +103,12 @@ def split(tower: PretrainedTower, k: int) -> tuple[VisionTower, VisionTower]:
         raise ValueError(f"`k` must be at most {len(blocks)}, the tower's blocks, got {k}.")
     cut = len(blocks) - k
     model, vision = adapters.without_wrapper(tower.model), tower._vision()
+    for part in (model, vision, vision.encoder):
+        if "forward" in vars(part):
+            raise NotImplementedError(
+                f"The tower's {type(part).__name__} has a `forward` of its own, as offloading "
+                "gives it one, which would run all blocks in both halves. Split a tower without it."
+            )
     trunk = view(vision, encoder=view(vision.encoder, layers=kept(blocks[:cut])))
     for name in ("post_layernorm", "head"):
         trunk._modules.pop(name, None)

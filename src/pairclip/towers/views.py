@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import CLIPVisionModel, CLIPVisionModelWithProjection
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
+from transformers.models.clip import modeling_clip
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -34,35 +34,30 @@ def kept(blocks: Iterable[tuple[str, nn.Module]]) -> nn.ModuleList:
 def for_class_token(model: Any, vision: Any) -> Any:
     """A CLIP model whose last block computes the class token alone, all that an embedding needs.
 
-    Any other model, a compiled one, and one whose last block is changed or watched by hooks, as it
-    is.
+    Any other model, a compiled one, and one whose last block is watched by hooks, as it is.
     """
     known = type(model) in (CLIPVisionModel, CLIPVisionModelWithProjection)
     if not known or torch.compiler.is_compiling():
         return model
-    if any(map(_is_compiled, (model, vision, vision.encoder))):
-        return model
     blocks = list(vision.encoder.layers.named_children())
-    if not blocks or not _as_published(blocks[-1][1]):
+    if not blocks:
+        return model
+    last: Any = blocks[-1][1]
+    parts = (model, vision, vision.encoder, last, getattr(last, "self_attn", last))
+    watched = any(getattr(part, hooks) for part in last.modules() for hooks in _HOOKS)
+    if watched or not all(map(_is_published, parts)) or any(map(_is_replaced, last.modules())):
         return model
     pruned = view(vision, encoder=_ForClassToken(vision.encoder, blocks))
     return pruned if vision is model else view(model, vision_model=pruned)
 
 
-def _as_published(block: Any) -> bool:
-    if type(block) is not CLIPEncoderLayer or type(block.self_attn) is not CLIPAttention:
-        return False
-    return not any(
-        "forward" in vars(part)
-        or _is_compiled(part)
-        or any(getattr(part, hooks) for hooks in _HOOKS)
-        for part in block.modules()
-    )
+def _is_published(part: nn.Module) -> bool:
+    return type(part).__module__ == modeling_clip.__name__ and not _is_replaced(part)
 
 
-def _is_compiled(part: nn.Module) -> bool:
-    """By its method `compile`; what `torch.compile` returns has a class of its own."""
-    return getattr(part, "_compiled_call_impl", None) is not None
+def _is_replaced(part: nn.Module) -> bool:
+    """Whether a call runs something else than the class's `forward`: a patch, or compiled code."""
+    return "forward" in vars(part) or getattr(part, "_compiled_call_impl", None) is not None
 
 
 class _ForClassToken(nn.Module):
