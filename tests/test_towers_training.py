@@ -292,7 +292,7 @@ def test_what_is_compiled_runs_as_it_is(compiled: str) -> None:
         part.compile(backend=backend)
     assert_close(tower(pixels()), expected, rtol=0, atol=1e-5)
     compiled_once = len(graphs)
-    assert compiled_once
+    assert compiled_once == 1 or compiled == "block"  # which has a graph more, or two
     for _ in range(2):
         assert_close(tower(pixels()), expected, rtol=0, atol=1e-5)
     assert len(graphs) == compiled_once

@@ -114,9 +114,7 @@ def _result_of(done: subprocess.CompletedProcess[str]) -> Row:
 
 def serve(job: str, measure: Callable[[Row], Row]) -> None:
     """Do one job in this process, under its memory limit, and print the result."""
-    settings = json.loads(job)
-    memory = settings.pop("memory_bytes")
-    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    settings = _limited(job)
     try:
         result = {"outcome": MEASURED} | measure(settings)
     except ModuleNotFoundError as error:
@@ -126,6 +124,14 @@ def serve(job: str, measure: Callable[[Row], Row]) -> None:
             raise
         result = {"outcome": OUT_OF_MEMORY}
     print(json.dumps(result))
+
+
+def _limited(job: str) -> Row:
+    """The job's settings, when its memory limit is set."""
+    settings: Row = json.loads(job)
+    memory = settings.pop("memory_bytes")
+    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    return settings
 
 
 class Turns:
@@ -163,11 +169,10 @@ def run_in_turns(
     script: str,
     jobs: dict[str, Row],
     orders: Sequence[Sequence[str]],
-    steps: int,
     limits: Limits,
     environment: dict[str, str] | None = None,
 ) -> Row:
-    """Start a worker for each job, which take turns in the given orders, one at a time.
+    """Start a worker for each job, which take turns of ``steps`` in the orders, one at a time.
 
     Returns the outcome, ``seconds`` of each step of each turn of each worker, and who is
     ``missing`` a package.
@@ -180,7 +185,7 @@ def run_in_turns(
         timer.start()
         try:
             for name, job in jobs.items():
-                limited = job | {"memory_bytes": int(limits.memory_gib * 2**30), "steps": steps}
+                limited = job | {"memory_bytes": int(limits.memory_gib * 2**30)}
                 workers[name] = subprocess.Popen(
                     [sys.executable, script, "--worker", json.dumps(limited)],
                     env=os.environ | (environment or {}),
@@ -230,9 +235,7 @@ def _kill(workers: list[subprocess.Popen[str]]) -> None:
 
 def serve_in_turns(job: str, work: Callable[[Row, Turns], None]) -> None:
     """Do one job of `run_in_turns` in this process, under its memory limit."""
-    settings = json.loads(job)
-    memory = settings.pop("memory_bytes")
-    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    settings = _limited(job)
     turns = Turns(settings["steps"])
     try:
         turns.wait()

@@ -27,6 +27,7 @@ own in which freed tensors go back to the system at once.
 from __future__ import annotations
 
 import gc
+import json
 import statistics
 import sys
 import tempfile
@@ -366,11 +367,15 @@ def run_loop(job: Row, limits: _bench.Limits, environment: dict[str, str]) -> Ro
     # Nobody more often comes after the same other one, whose threads and caches it finds (Williams
     # 1949, "Experimental designs balanced for the estimation of residual effects of treatments").
     zigzag = [(i + 1) // 2 * (-1) ** (i + 1) for i in range(len(contenders))]
+    # An odd number of contenders is balanced by the reversed orders only.
     orders = [
-        [contenders[(place + number) % len(contenders)] for place in zigzag]
+        [
+            contenders[(place + number) % len(contenders)]
+            for place in (zigzag[::-1] if number // len(contenders) % 2 else zigzag)
+        ]
         for number in range(turns)
     ]
-    row = _bench.run_in_turns(__file__, jobs, orders, job["steps"], limits, environment)
+    row = _bench.run_in_turns(__file__, jobs, orders, limits, environment)
     seconds = {
         who: [second for turn in of[_WARM_TURNS:-1] for second in turn]
         for who, of in row.pop("seconds", {}).items()
@@ -633,7 +638,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.set_defaults(seconds=1200)
     arguments = parser.parse_args()
-    if arguments.worker and '"contender"' in arguments.worker:
+    if arguments.worker and "contender" in json.loads(arguments.worker):
         _bench.serve_in_turns(arguments.worker, train_in_turns)
         return 0
     if arguments.worker:
