@@ -20,7 +20,8 @@ from torch.utils.data import (
 from transformers import CLIPImageProcessor
 
 from pairclip import ClassBalancedSampler, PairSampler, _batches
-from pairclip._batches import ItemKey, RunBatches, TrainingItems, random_state_kept
+from pairclip._batches import ItemKey, RunBatches, TrainingItems
+from pairclip._randomness import random_state_kept
 from pairclip.datasets import LabelledImages
 from pairclip.towers.base import Preprocess
 

@@ -55,7 +55,7 @@ PRIVATE = {
     "_saving": "finetuner",
 }
 # Helpers of all, which import none.
-SHARED = {"_checks", "_files"}
+SHARED = {"_checks", "_files", "_randomness"}
 NUMERICAL = ("losses", "samplers", "similarity", "retrieval")
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from enum import IntEnum
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from pairclip import _checks
+from pairclip._randomness import (
+    Stream,
+    random_state,
+    random_state_kept,
+    seed_all,
+    set_random_state,
+)
 from pairclip.datasets import LabelledImages, in_memory
 from pairclip.samplers import ClassBalancedSampler, PairSampler
 from pairclip.towers.base import Preprocess
@@ -66,7 +69,7 @@ class TrainingItems(Dataset[tuple[Tensor, int]]):
 
     def _read(self, key: ItemKey) -> tuple[Any, int]:
         if self._draws:
-            seed_all(Drawn.ITEM, self.seed, key.epoch, key.position)
+            seed_all(Stream.ITEM, self.seed, key.epoch, key.position)
         return self.data[key.item]
 
 
@@ -132,15 +135,15 @@ class RunBatches:
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
         with random_state_kept():
-            seed_all(Drawn.BATCHES, self.seed, epoch)
+            seed_all(Stream.BATCHES, self.seed, epoch)
             batches = iter(self.sampler)
-            state = _random_state()
+            state = random_state()
         count = 0
         while True:
             with random_state_kept():
-                _set_random_state(state)
+                set_random_state(state)
                 batch = next(batches, None)
-                state = _random_state()
+                state = random_state()
             if batch is None:
                 break
             count += 1
@@ -243,44 +246,3 @@ def _balanced_sampler(labels: Tensor, batch_size: int, seed: int) -> ClassBalanc
         if divides and 2 <= classes <= len(counts) and bool((counts >= samples).all()):
             return ClassBalancedSampler(labels, classes, samples, seed=seed)
     return None
-
-
-class Drawn(IntEnum):
-    """What random numbers are for; each has a stream of its own."""
-
-    BATCHES = 1
-    ITEM = 2
-    TOWER = 3
-    LOSS = 4
-    EVALUATION = 5
-
-
-def seed_all(drawn: Drawn, *parts: int, device: torch.device | None = None) -> None:
-    """Seed the global generators of Python, NumPy and torch, on the CPU and on `device`."""
-    seed = int(np.random.SeedSequence((drawn, *parts)).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - users' transforms, samplers and losses draw from it
-    # Not `torch.manual_seed`: it takes a millisecond, for devices that are not there.
-    torch.default_generator.manual_seed(seed)
-    if device is not None and device.type != "cpu":
-        torch.get_device_module(device).manual_seed(seed)
-
-
-def _random_state() -> tuple[Any, Any, Tensor]:
-    return random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-
-
-def _set_random_state(state: tuple[Any, Any, Tensor]) -> None:
-    random.setstate(state[0])
-    np.random.set_state(state[1])  # noqa: NPY002
-    torch.set_rng_state(state[2])
-
-
-@contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Afterwards the global generators of Python, NumPy and torch (CPU) are as before."""
-    state = _random_state()
-    try:
-        yield
-    finally:
-        _set_random_state(state)

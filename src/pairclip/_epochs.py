@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pairclip import _checks
+from pairclip._randomness import SamplerStream, sampler_generator
 
 Indices = npt.NDArray[np.integer[Any]]
 
@@ -107,7 +108,7 @@ def deal(
     rest = total % size
     deck = items
     if rest:
-        order = np.random.default_rng((seed, 0, 2)).permutation(size)
+        order = sampler_generator(SamplerStream.DECK, seed, 0).permutation(size)
         deck = items[order.take(dealt_before % size + np.arange(rest), mode="wrap")]
     # Dealt from the end: a whole deck always has items that the rest of a chunk lacks.
     lengths = chunks[::-1]

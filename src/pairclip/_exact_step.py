@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from pairclip._batches import Drawn, random_state_kept, seed_all
+from pairclip._randomness import Stream, random_state_kept, seed_all
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -57,7 +57,7 @@ def backward(
     process = accelerator.process_index
 
     def encode(number: int) -> Tensor:
-        seed_all(Drawn.TOWER, *seed, process, number, device=accelerator.device)
+        seed_all(Stream.TOWER, *seed, process, number, device=accelerator.device)
         with accelerator.autocast():
             embeddings: Tensor = model(pieces[number].to(accelerator.device, non_blocking=True))
         return embeddings.float()
@@ -73,7 +73,7 @@ def backward(
         whole: Tensor = gather(detached.contiguous()).requires_grad_()
         whole_labels: Tensor = gather(labels.to(accelerator.device, non_blocking=True))
 
-        seed_all(Drawn.LOSS, *seed, device=accelerator.device)
+        seed_all(Stream.LOSS, *seed, device=accelerator.device)
         with torch.autocast(accelerator.device.type, enabled=False):
             value = loss(whole, whole_labels)
         _check_loss(value)

@@ -12,8 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pairclip import _files
-from pairclip._batches import Drawn, random_state_kept, seed_all
 from pairclip._interrupts import StopSignals
+from pairclip._randomness import Stream, random_state_kept, seed_all
 from pairclip._run import Run
 from pairclip._saving import Saver
 from pairclip.callbacks import Callback, FitState
@@ -142,7 +142,7 @@ class Loop:
         self.run.check_weights(fit.step)
         with _averages_in_place(fit):
             with random_state_kept():
-                seed_all(Drawn.EVALUATION, self.run.settings.seed, fit.step)
+                seed_all(Stream.EVALUATION, self.run.settings.seed, fit.step)
                 found = _evaluation(self.run.settings.tower, self.evaluated, self.workers)
             # Not `to_dict`: of 11,000 classes it lists 128 million similarities.
             single = {k: v for k, v in vars(found).items() if isinstance(v, (int, float))}

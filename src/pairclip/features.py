@@ -6,7 +6,6 @@ import errno
 import hashlib
 import json
 import os
-import random
 import shutil
 import struct
 import time
@@ -25,6 +24,7 @@ from torch.utils.data import Dataset, TensorDataset
 from tqdm import tqdm
 
 from pairclip import _checks
+from pairclip._randomness import random_state
 from pairclip.datasets import LabelledImages, origin_of, path_of
 from pairclip.embedding import Pixels, pixel_batches
 from pairclip.towers import VisionTower
@@ -236,9 +236,9 @@ def _known_of(dataset: Any, index: int) -> bytes | None:
 def _add_sample(digest: hashlib._Hash, pixels: Pixels, count: int) -> None:
     """Add some images' pixels to a digest, and refuse those that are random."""
     for index in np.unique(np.linspace(0, len(pixels) - 1, count).round().astype(int)).tolist():
-        before = _random_state()
+        before = random_state()
         first, second = pixels[index], pixels[index]
-        if _random_state() != before or not torch.equal(first, second):
+        if random_state() != before or not torch.equal(first, second):
             raise ValueError(
                 f"Image {index} of `dataset` is read through a random transform, of which cached "
                 "features would repeat one draw for ever. Take the random transforms out of the "
@@ -246,13 +246,6 @@ def _add_sample(digest: hashlib._Hash, pixels: Pixels, count: int) -> None:
                 "`tower.freeze(all_but_last=k)`."
             )
         digest.update(bytes_of(first))
-
-
-def _random_state() -> tuple[Any, ...]:
-    """State of the global generators that transforms draw from."""
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002
-    torch_state = bytes(bytes_of(torch.get_rng_state()))
-    return random.getstate(), name, np.asarray(keys).tobytes(), rest, torch_state
 
 
 def _features(trunk: Trunk, batches: Iterable[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:

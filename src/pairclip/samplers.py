@@ -11,6 +11,7 @@ import numpy as np
 
 from pairclip import _checks
 from pairclip._epochs import EpochSampler, Indices, deal, group, num_batches_of, shuffled_after
+from pairclip._randomness import SamplerStream, sampler_generator
 
 # Pairs whose partners are drawn at once: enough for NumPy's speed, little memory.
 _PAIRS_AT_ONCE = 1 << 16
@@ -201,13 +202,13 @@ class PairSampler(EpochSampler):
         batches_at_once = max(1, _PAIRS_AT_ONCE // self.pairs_per_batch)
         for chunk in range(first // batches_at_once, -(-len(anchors) // batches_at_once)):
             start = chunk * batches_at_once
-            rng = np.random.default_rng((self._seed, epoch, 1, chunk))
+            rng = sampler_generator(SamplerStream.PARTNERS, self._seed, epoch, chunk)
             pairs = self._with_partners(anchors[start : start + batches_at_once], rng)
             yield from pairs[max(0, first - start) :].tolist()
 
     def _anchors(self, epoch: int) -> Indices:
         """Anchors of an epoch, ``[num_batches, pairs]``; those of matching pairs come first."""
-        rng = np.random.default_rng((self._seed, epoch, 0))
+        rng = sampler_generator(SamplerStream.ANCHORS, self._seed, epoch)
         batches, pairs = self._num_batches, self.pairs_per_batch
         alone_before = self._alone_before(epoch)
         alone_places = self._alone_before(epoch + 1) - alone_before
