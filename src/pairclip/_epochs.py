@@ -146,7 +146,7 @@ def group(labels: Any) -> Groups:
     array = _checks.label_array("labels", labels)
     if not len(array):
         raise ValueError("`labels` must have at least one item, got none.")
-    small = np.int32 if len(array) < 2**31 else np.int64
+    small: Any = np.int32 if len(array) < 2**31 else np.int64
     order = np.argsort(array, kind="stable").astype(small)
     ordered = array[order]
     first = np.concatenate([[True], ordered[1:] != ordered[:-1]])

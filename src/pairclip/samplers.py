@@ -262,7 +262,7 @@ class PairSampler(EpochSampler):
         rng.shuffle(drawn)
         by_class = np.argsort(drawn, kind="stable").astype(small)
         drawn_of = np.bincount(drawn, minlength=len(groups.counts))
-        turn = np.empty(count, small)
+        turn: Any = np.empty(count, small)
         turn[by_class] = np.arange(count, dtype=small)
         turn -= (np.cumsum(drawn_of) - drawn_of).astype(small)[drawn]
         del by_class
