@@ -54,8 +54,8 @@ PRIVATE = {
     "_run": "finetuner",
     "_saving": "finetuner",
 }
-# Helpers of all, which import none.
-SHARED = {"_checks", "_files", "_randomness"}
+# The ground under all rooms; each file imports only from those before it.
+SHARED = ["_checks", "_vectors", "_randomness", "_files"]
 NUMERICAL = ("losses", "samplers", "similarity", "retrieval")
 
 
@@ -91,10 +91,10 @@ def name_of(path: Path) -> str:
 def test_modules_import_only_from_those_above_them(path: Path) -> None:
     mine = room(name_of(path))
     if mine in SHARED:
-        assert own_imports(path) == set()
+        assert own_imports(path) <= set(SHARED[: SHARED.index(mine)])
         return
     position = ORDER.index(mine)
-    for other in own_imports(path) - SHARED - {"__version__"}:
+    for other in own_imports(path) - set(SHARED) - {"__version__"}:
         assert ORDER.index(room(other)) <= position, f"{path.name} imports {other}"
 
 

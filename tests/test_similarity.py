@@ -166,9 +166,9 @@ def test_a_memory_mapped_corpus_is_read_block_by_block(
     corpus = np.memmap(tmp_path / "corpus", np.float16, "r", shape=(50, 8))
     expected = nearest_neighbors(rows[:4], rows, 3)
     read = []
-    as_unit = similarity._checks.finite_unit_rows
+    as_unit = similarity.finite_unit_rows
     monkeypatch.setattr(
-        similarity._checks,
+        similarity,
         "finite_unit_rows",
         lambda name, block, first_row: (
             read.append(len(block)) or as_unit(name, block, first_row=first_row)

@@ -21,7 +21,7 @@ from pairclip._ranking import (
     rank,
     vote,
 )
-from pairclip.similarity import highest
+from pairclip._vectors import highest
 
 
 class Figures(NamedTuple):

@@ -10,69 +10,17 @@ among thousands of single items leaves nothing of them in float32.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from pairclip._checks import row_norms
+from pairclip import _vectors
+from pairclip._vectors import Classes, class_sums, group_by_class, row_norms
 
 # Numbers in a piece of rows that fits a processor's cache.
 _PIECE = 1 << 19
-# Rows that one float32 addition chain sums up, so that its rounding stays near 1e-6.
-_CHAIN = 256
-
-
-class Classes(NamedTuple):
-    """A batch sorted by class.
-
-    There are C class slots: the number of classes on the CPU, and B on other devices, where
-    reading that number would make the host wait; slots without a class are empty.
-    """
-
-    order: Tensor  # [B] rows by class
-    ids: Tensor  # [B] class slot of each row, in the rows' own order
-    starts: Tensor  # [C] first place of each slot in `order`
-    counts: Tensor  # [C] rows of each slot, int64
-
-
-def group_by_class(labels: Tensor) -> Classes:
-    """Class slots by sorting and cumulative sums."""
-    ordered, order = labels.sort(stable=True)
-    first = torch.ones_like(labels)
-    first[1:] = ordered[1:] != ordered[:-1]
-    slots = first.cumsum(0) - 1
-    size = int(slots[-1]) + 1 if labels.device.type == "cpu" else len(labels)
-    edges = torch.searchsorted(slots, torch.arange(size + 1, device=labels.device))
-    return Classes(
-        order=order,
-        ids=torch.empty_like(slots).scatter_(0, order, slots),
-        starts=edges[:-1],
-        counts=edges.diff(),
-    )
-
-
-def class_sums(rows: Tensor, weights: Tensor, classes: Classes) -> Tensor:
-    """Weighted sum of the rows of each class slot, float64 ``[C, D]``."""
-    places = torch.arange(len(rows), device=rows.device)
-    slots = classes.ids[classes.order]
-    first = places % _CHAIN == 0
-    first[1:] |= slots[1:] != slots[:-1]
-    chains = first.long().cumsum(0) - 1
-    size = int(chains[-1]) + 1 if rows.device.type == "cpu" else len(rows)
-    chain_starts = torch.searchsorted(chains, places[:size])
-    sums = F.embedding_bag(
-        classes.order,
-        rows,
-        chain_starts,
-        mode="sum",
-        per_sample_weights=weights[classes.order],
-    ).double()
-    # A slot's chains are those from its first row's; empty slots start behind the last row.
-    slot_starts = torch.cat([chains, chains[-1:] + 1])[classes.starts]
-    return F.embedding_bag(places[:size], sums, slot_starts.clamp_max(size), mode="sum")
 
 
 class AllPairs(torch.autograd.Function):
@@ -104,7 +52,7 @@ class AllPairs(torch.autograd.Function):
         """The kept gradient, scaled."""
         gradient, rows = ctx.saved_tensors
         # The usual factor of 1 is not worth a copy where looking at it costs no waiting.
-        if not (rows.device.type == "cpu" and grad_outputs[0] == 1):
+        if not (_vectors.at_hand(rows) and grad_outputs[0] == 1):
             gradient = gradient * grad_outputs[0]
         return _FirstOrder.apply(gradient, rows), None, None, None, None
 
@@ -137,7 +85,7 @@ def _value_and_gradient(
     lengths = norms.where(nonzero, 1.0).to(rows.dtype)
     classes = group_by_class(labels)
     inverse = (1 / lengths).clamp_max_(torch.finfo(rows.dtype).max)
-    sums = class_sums(rows, inverse, classes)
+    sums = class_sums(rows, classes, inverse)
 
     counts = classes.counts
     same_pairs = (counts * (counts - 1)).sum() // 2
@@ -174,7 +122,7 @@ def _value_and_gradient(
     table = table.to(rows.dtype)
     scale = inverse * nonzero
     result = torch.empty_like(rows) if gradient is None else gradient
-    on_cpu = rows.device.type == "cpu"
+    on_cpu = _vectors.at_hand(rows)
     size = max(1, _PIECE // max(1, rows.shape[1])) if on_cpu else len(rows)
     for start in range(0, len(rows), size):
         piece = slice(start, start + size)
@@ -228,7 +176,7 @@ def _row_blocks(classes: Classes, most: int) -> Iterator[tuple[int, int, int, in
     that a block of one class needs no column of its own class, and others need few masks.
     """
     size = len(classes.order)
-    counts_at_hand = classes.order.device.type == "cpu"
+    counts_at_hand = _vectors.at_hand(classes.order)
     if not counts_at_hand:
         for start in range(0, size, most):
             yield start, min(start + most, size), start, size

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pairclip import _checks
+from pairclip._vectors import unit_rows
 
 T = TypeVar("T")
 
@@ -69,7 +70,7 @@ def prepare(
     names: tuple[str, str, str, str] = _NAMES,
 ) -> Search:
     """Check the arguments, which have these names, and sort the items by class."""
-    unit = _checks.unit_rows(_checks.as_embeddings(names[0], embeddings, finite=True))
+    unit = unit_rows(_checks.as_embeddings(names[0], embeddings, finite=True))
     padded = unit.new_zeros((len(unit) // _COLUMNS + 1) * _COLUMNS, unit.shape[1])
     padded[: len(unit)] = unit
     items = padded[: len(unit)]
@@ -78,7 +79,7 @@ def prepare(
         raise ValueError(f"`{names[2]}` and `{names[3]}` go together; only one was given.")
     rows, row_labels = items, labels
     if queries is not None:
-        rows = _checks.unit_rows(_checks.as_embeddings(names[2], queries, finite=True)).to(items)
+        rows = unit_rows(_checks.as_embeddings(names[2], queries, finite=True)).to(items)
         if rows.shape[1] != items.shape[1]:
             raise ValueError(
                 f"`{names[2]}` must have embedding size {items.shape[1]}, got {rows.shape[1]}."

@@ -142,39 +142,3 @@ def check_fraction(name: str, value: float) -> None:
     check_number(name, value)
     if not 0 <= value <= 1:
         raise ValueError(f"`{name}` must be in [0, 1], got {value}.")
-
-
-def row_norms(rows: Tensor) -> Tensor:
-    """Euclidean length of each row, float64 ``[N]``; no float32 length is lost to underflow."""
-    norms: Tensor
-    if rows.device.type == "cpu" and rows.dtype == torch.float32 and len(rows):
-        # Float64 costs a copy of the rows, so it is left to lengths whose squares may not fit.
-        norms = torch.linalg.vector_norm(rows, dim=1)
-        if norms.min() > 1e-15 and norms.max() < 1e15:
-            return norms.double()
-    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-    return norms
-
-
-def unit_rows(rows: Tensor) -> Tensor:
-    """Rows divided by their length, without gradient; a zero row stays zero. Never `rows` itself.
-
-    Half precision becomes float32.
-    """
-    rows = rows.detach()
-    if rows.dtype not in (torch.float32, torch.float64):
-        rows = rows.float()
-    return _divided(rows, row_norms(rows))
-
-
-def finite_unit_rows(name: str, rows: Tensor, *, first_row: int) -> Tensor:
-    """The same of a block of `name`, float32 or float64, or raise as `check_finite`."""
-    norms = row_norms(rows)
-    # A length shows what the elements are, at no further look at them.
-    if not norms.isfinite().all():
-        check_finite(name, rows, first_row=first_row)
-    return _divided(rows, norms)
-
-
-def _divided(rows: Tensor, norms: Tensor) -> Tensor:
-    return rows / norms.where(norms > 0, 1.0).to(rows.dtype)[:, None]

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from pairclip import _checks
 from pairclip._randomness import SamplerStream, sampler_generator
 
-Indices = npt.NDArray[np.integer[Any]]
+Indices = npt.NDArray[Any]  # of integers; which, depends on how many there are
 
 
 class Groups(NamedTuple):
@@ -151,7 +151,7 @@ def group(labels: Any) -> Groups:
     ordered = array[order]
     first = np.concatenate([[True], ordered[1:] != ordered[:-1]])
     starts = np.flatnonzero(first).astype(small)
-    counts = np.diff(np.append(starts, len(array))).astype(small)
+    counts: Indices = np.diff(np.append(starts, len(array))).astype(small)
     class_of = np.empty(len(array), small)
     class_of[order] = np.repeat(np.arange(len(starts), dtype=small), counts)
     return Groups(class_of, order, starts, counts)

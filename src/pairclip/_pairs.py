@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pairclip._blocks import Block, Search, over_blocks
 from pairclip._ranking import expected_precision, harmonic
-from pairclip.similarity import class_sums
+from pairclip._vectors import class_squares, class_sums, group_by_slot
 
 BINS = 1 << 20
 # A larger bound has the pairs counted again, in bins over the range that they have.
@@ -163,12 +163,14 @@ def _separation(search: Search, counts: PairCounts) -> PairSeparation:
 def _means(search: Search, num_same: int, num_different: int) -> tuple[float, float]:
     """Mean similarity of either kind of pair, from the sums of each class."""
     size = len(search.counts)
-    items, own = class_sums(search.items, search.classes, size)
+    classes = group_by_slot(search.classes, size)
+    items = class_sums(search.items, classes)
     if search.own:
+        own = class_squares(search.items, classes)
         same = (items.square().sum(dim=1) - own).sum() / 2
         total = (items.sum(dim=0).square().sum() - own.sum()) / 2
     else:
-        queries, _ = class_sums(search.queries, search.query_classes, size)
+        queries = class_sums(search.queries, group_by_slot(search.query_classes, size))
         same = (queries * items).sum()
         total = queries.sum(dim=0) @ items.sum(dim=0)
     return (

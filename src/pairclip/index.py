@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from pairclip import _checks, _index_files
+from pairclip._vectors import unit_rows
 from pairclip.datasets import LabelledImages, path_of
 from pairclip.embedding import are_images, embed_images
 from pairclip.similarity import nearest_neighbors
@@ -151,7 +152,7 @@ class ImageIndex:
         embeddings = embed_images(tower, images, batch_size=batch_size, num_workers=num_workers)
         paths = [path_of(images.dataset, index) for index in range(len(images))]
         return cls(
-            torch.cat([_checks.unit_rows(rows).to(dtype) for rows in embeddings.split(_ROWS)]),
+            torch.cat([unit_rows(rows).to(dtype) for rows in embeddings.split(_ROWS)]),
             labels=None if unlabelled else images.labels,
             class_names=None if unlabelled else images.class_names,
             paths=paths if any(path is not None for path in paths) else None,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pairclip import _checks
 from pairclip._all_pairs import AllPairs
+from pairclip._vectors import differentiable_unit_rows
 
 Negatives = Literal["linear", "hinge", "squared"]
 Reduction = Literal["mean", "sum", "none"]
@@ -73,7 +74,8 @@ def cosine_pair_loss(
         )
     matching = _as_bool(same, len(a)).to(a.device)
     with torch.autocast(a.device.type, enabled=False):
-        similarity = (_normalized(a) * _normalized(b)).sum(dim=1)
+        a, b = (rows if rows.dtype == torch.float64 else rows.float() for rows in (a, b))
+        similarity = (differentiable_unit_rows(a) * differentiable_unit_rows(b)).sum(dim=1)
         if negatives == "linear":
             different = similarity
         elif negatives == "hinge":
@@ -280,11 +282,3 @@ def _as_bool(same: Tensor, length: int) -> Tensor:
             f"`same` must be bool or 0 and 1, got {wrong}. Use `labels_a == labels_b`."
         )
     return matching
-
-
-def _normalized(rows: Tensor) -> Tensor:
-    """Rows divided by their length, with gradient; a zero row stays zero, with gradient 0."""
-    rows = rows if rows.dtype == torch.float64 else rows.float()
-    lengths = _checks.row_norms(rows).to(rows.dtype)[:, None]
-    positive = lengths != 0
-    return torch.where(positive, rows / torch.where(positive, lengths, 1), 0)

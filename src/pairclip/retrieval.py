@@ -20,7 +20,7 @@ from pairclip import _checks, _ranking
 from pairclip._all_figures import Figures as Figures, all_figures as all_figures, means
 from pairclip._blocks import over_blocks, prepare
 from pairclip._pairs import PairCounts, PairSeparation as PairSeparation, separate
-from pairclip.similarity import highest
+from pairclip._vectors import highest
 
 
 def recall_at_k(

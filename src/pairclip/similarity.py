@@ -10,6 +10,14 @@ import torch
 from torch import Tensor
 
 from pairclip import _checks
+from pairclip._vectors import (
+    class_squares,
+    class_sums,
+    finite_unit_rows,
+    group_by_slot,
+    highest,
+    unit_rows,
+)
 
 # Rows compared at once by `nearest_neighbors`: 32 MiB of similarities.
 _QUERY_ROWS, _CORPUS_ROWS = 1024, 8192
@@ -49,10 +57,10 @@ def similarity_matrix(
         tensor([[1.0000, 0.6000],
                 [0.6000, 1.0000]])
     """
-    rows = _checks.unit_rows(_checks.as_embeddings("a", a, finite=True))
+    rows = unit_rows(_checks.as_embeddings("a", a, finite=True))
     columns = rows
     if b is not None:
-        columns = _checks.unit_rows(_checks.as_embeddings("b", b, finite=True))
+        columns = unit_rows(_checks.as_embeddings("b", b, finite=True))
         if columns.shape[1] != rows.shape[1]:
             raise ValueError(
                 f"`a` and `b` must have the same embedding size, got {rows.shape[1]} and "
@@ -169,7 +177,7 @@ def _unit_block(
     rows = source[start : start + size]
     if not isinstance(rows, Tensor):
         rows = torch.from_numpy(np.array(rows, dtype=rows.dtype.newbyteorder("=")))
-    return _checks.finite_unit_rows(name, rows.detach().to(**options), first_row=start)
+    return finite_unit_rows(name, rows.detach().to(**options), first_row=start)
 
 
 def class_similarity_matrix(
@@ -205,12 +213,13 @@ def class_similarity_matrix(
         tensor([5, 9])
     """
     _checks.check_choice("reduction", reduction, ("pairs", "centroids"))
-    rows = _checks.unit_rows(_checks.as_embeddings("embeddings", embeddings, finite=True))
+    rows = unit_rows(_checks.as_embeddings("embeddings", embeddings, finite=True))
     labels = _checks.as_labels("labels", labels, length=len(rows)).to(rows.device)
     classes, of_row, counts = labels.unique(return_inverse=True, return_counts=True)
-    sums, own = class_sums(rows, of_row, len(classes))
+    grouped = group_by_slot(of_row, len(classes))
+    sums, own = class_sums(rows, grouped), class_squares(rows, grouped)
     if reduction == "centroids":
-        unit = _checks.unit_rows(sums)
+        unit = unit_rows(sums)
         return (unit @ unit.T).clamp_(-1, 1), classes
     counts = counts.double()
     # In place: with many classes these are large.
@@ -222,30 +231,3 @@ def class_similarity_matrix(
     # Rounding may leave a lone item's total other than 0, so 0 / 0 is not relied on.
     means.diagonal()[counts == 1] = torch.nan
     return means, classes
-
-
-def class_sums(rows: Tensor, classes: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Sum of the rows of each class, float64 ``[C, D]``, and of their squared lengths, ``[C]``."""
-    sums = torch.zeros(num_classes, rows.shape[1], dtype=torch.float64, device=rows.device)
-    squares = torch.zeros_like(sums[:, 0])
-    # In pieces, so that the float64 copy of the rows stays small.
-    for piece, its_classes in zip(rows.split(8192), classes.split(8192), strict=True):
-        exact = piece.double()
-        sums.index_add_(0, its_classes, exact)
-        squares.index_add_(0, its_classes, exact.square().sum(dim=1))
-    return sums, squares
-
-
-def highest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k highest scores of each row, descending, and their columns; lower columns tie first."""
-    values, columns = scores.topk(min(k + 1, scores.shape[1]), dim=1)
-    if values.shape[1] > k:
-        # Which of equal scores are taken is left open by `topk`.
-        cut = values[:, k] == values[:, k - 1]
-        values, columns = values[:, :k], columns[:, :k]
-        if cut.any():
-            ordered = scores[cut].sort(dim=1, descending=True, stable=True)
-            columns[cut] = ordered.indices[:, :k]
-    columns = columns.sort(dim=1).values
-    values, order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True)
-    return values, columns.gather(1, order)

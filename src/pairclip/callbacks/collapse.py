@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from pairclip import _checks
+from pairclip._vectors import unit_rows
 from pairclip.callbacks.base import Callback, FitState
 
 
@@ -99,7 +100,7 @@ class CollapseMonitor(Callback):
 
 def _different_mean(embeddings: Tensor, labels: Tensor) -> float:
     """Mean cosine over the pairs of different classes."""
-    rows = _checks.unit_rows(embeddings)
+    rows = unit_rows(embeddings)
     classes, of_row, counts = labels.unique(return_inverse=True, return_counts=True)
     sums = rows.new_zeros(len(classes), rows.shape[1]).index_add_(0, of_row, rows)
     pairs = len(rows) ** 2 - int(counts.square().sum())
