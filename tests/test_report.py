@@ -22,10 +22,10 @@ from pairclip import (
     evaluate_embeddings,
 )
 from pairclip.report import write_report, write_search_report
-from pairclip.report._charts import _axes, _Frame
-from pairclip.report._colors import heat_styles
-from pairclip.report._gallery import _shared_out
-from pairclip.report._html import Html, element
+from pairclip.report.charts import _axes, _Frame
+from pairclip.report.colors import heat_styles
+from pairclip.report.gallery import _shared_out
+from pairclip.report.html import Html, element
 
 HOSTILE = "</script><script>alert(1)</script><b title='\"'>&amp;"
 VOID = {"meta", "img"}
@@ -247,8 +247,8 @@ def test_further_evaluations_have_their_table(tmp_path: Path) -> None:
         replace(evaluation(seed, 1.0), also={HOSTILE: evaluation(seed, 0.5)}) for seed in (0, 1)
     )
     page = Page(write_report(tmp_path, before, after))
-    assert f"Figures of “{HOSTILE}”" in page.text()
-    assert len([each for each in page.all("table") if each.get("class") == "figures"]) == 2
+    assert f"Metrics of “{HOSTILE}”" in page.text()
+    assert len([each for each in page.all("table") if each.get("class") == "metrics"]) == 2
 
 
 def test_other_images_are_refused(evaluations: tuple[Evaluation, ...], tmp_path: Path) -> None:

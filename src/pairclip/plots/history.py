@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pairclip.finetuner import History
-from pairclip.plots._drawing import new_figure, saved
+from pairclip.plots.drawing import new_figure, saved
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def plot_history(
     history: History, *, title: str | None = None, path: str | os.PathLike[str] | None = None
 ) -> Figure:
-    """Draw the loss of each step, and the figures of the evaluations between.
+    """Draw the loss of each step, and the metrics of the evaluations between.
 
     Args:
         history: What `Finetuner.fit` returned.
@@ -58,8 +58,8 @@ def plot_history(
         shown = {"recall_at_1": "recall at 1", "mean_average_precision": "mAP", "gap": "gap"}
         at = [record["step"] for record in history.evaluations]
         for key, label in shown.items():
-            figures = [record[key] for record in history.evaluations]
-            rows[1].plot(at, figures, marker="o", markersize=4, label=label)
+            values = [record[key] for record in history.evaluations]
+            rows[1].plot(at, values, marker="o", markersize=4, label=label)
         rows[1].set_ylabel("held-out images")
         rows[1].legend(frameon=False)
     rates = [record["learning_rate"] for record in history.steps]

@@ -18,7 +18,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
     button.append(...head.childNodes);
     head.append(button);
     button.addEventListener("click", () => {
-      // Names start from A, figures from the highest; a second click turns that round.
+      // Names start from A, metrics from the highest; a second click turns that round.
       const first = column > 0 ? "descending" : "ascending";
       const other = column > 0 ? "ascending" : "descending";
       const order = head.getAttribute("aria-sort") === first ? other : first;

@@ -9,8 +9,8 @@ from pathlib import Path
 from PIL import Image
 
 from pairclip import _files
-from pairclip.report._html import Html, element, page, section
-from pairclip.report._pictures import data_uri
+from pairclip.report.html import Html, element, page, section
+from pairclip.report.thumbnails import data_uri
 
 _SIDE = 192
 

@@ -10,8 +10,8 @@ import numpy.typing as npt
 from pairclip._pictured import in_turn, neighbor_is_right
 from pairclip.datasets import LabelledImages
 from pairclip.evaluation import Evaluation
-from pairclip.report._html import Html, element
-from pairclip.report._pictures import Thumbnails
+from pairclip.report.html import Html, element
+from pairclip.report.thumbnails import Thumbnails
 
 _MOST_QUERIES = 60
 _NEIGHBORS = 5

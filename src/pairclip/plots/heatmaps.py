@@ -14,7 +14,7 @@ from pairclip import _checks
 from pairclip._class_order import similarity_order
 from pairclip.datasets import as_rgb
 from pairclip.evaluation import Evaluation
-from pairclip.plots._drawing import new_figure, saved, shortened
+from pairclip.plots.drawing import new_figure, saved, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _COLORS = "RdBu_r"
 _LIMITS = (-1.0, 1.0)
 _TEXT_SIZE = 9.0
-_MOST_FIGURES = 30
+_MOST_VALUES = 30
 
 
 def plot_similarity_matrix(
@@ -36,7 +36,7 @@ def plot_similarity_matrix(
     title: str | None = None,
     path: str | os.PathLike[str] | None = None,
 ) -> Figure:
-    """Draw the similarity of some images, with the images on both axes and figures in the cells.
+    """Draw the similarity of some images, with the images on both axes and values in the cells.
 
     The colours always run from -1 to 1, so that pictures before and after compare.
 
@@ -112,7 +112,7 @@ def plot_class_similarity(
     """Draw the mean similarity of the images of each two classes.
 
     The colours always run from -1 to 1, so that pictures before and after compare. Up to 30
-    classes have figures in their cells.
+    classes have values in their cells.
 
     Args:
         evaluation: Holds the class similarities and names.
@@ -145,11 +145,11 @@ def plot_class_similarity(
     places = _order(evaluation, order)
     values = evaluation.class_similarity[np.ix_(places, places)]
     count = len(values)
-    cell = 0.55 if count <= _MOST_FIGURES else 16 / count
+    cell = 0.55 if count <= _MOST_VALUES else 16 / count
     size = max(2.5, cell * count)
     figure = new_figure(size + 2.6, size + 1.9, layout="compressed")
     axes = figure.add_subplot()
-    drawn = _draw_cells(axes, values, digits=2 if count <= _MOST_FIGURES else None)
+    drawn = _draw_cells(axes, values, digits=2 if count <= _MOST_VALUES else None)
     if cell >= 0.12:
         names = [shortened(evaluation.class_names[place], 18) for place in places]
         text_size = min(_TEXT_SIZE, 60 * cell)
@@ -185,7 +185,7 @@ def _draw_cells(axes: Axes, values: npt.NDArray[Any], digits: int | None) -> Any
     for row, column in np.ndindex(*values.shape):
         value = values[row, column]
         red, green, blue, _ = drawn.cmap(drawn.norm(value))
-        # Relative luminance: white figures on dark cells, black on light ones.
+        # Relative luminance: white values on dark cells, black on light ones.
         dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.45
         # Adding 0 turns a rounded -0.0 into 0.0.
         text = "-" if np.isnan(value) else f"{round(float(value), digits) + 0.0:.{digits}f}"

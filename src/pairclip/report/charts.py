@@ -12,7 +12,7 @@ from pairclip._figures import shown
 from pairclip._pictured import pair_range
 from pairclip.evaluation import Evaluation
 from pairclip.finetuner import History
-from pairclip.report._html import Html, element, joined, scrolling
+from pairclip.report.html import Html, element, joined, scrolling
 
 _WIDTH, _HEIGHT = 420, 200
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40, 12, 10, 36
@@ -62,7 +62,7 @@ def pair_histograms(shown_evaluations: dict[str, Evaluation]) -> Html:
 
 
 def training(history: History) -> Html:
-    """The loss of each step, and the figures of the evaluations between."""
+    """The loss of each step, and the metrics of the evaluations between."""
     steps, losses = (
         np.array([record[key] for record in history.steps], dtype=float) for key in ("step", "loss")
     )
@@ -199,5 +199,5 @@ def _evaluations(history: History) -> Html:
     return scrolling("Evaluations during training", table)
 
 
-def _or_dash(figure: float | None) -> str:
-    return "-" if figure is None else shown(figure)
+def _or_dash(value: float | None) -> str:
+    return "-" if value is None else shown(value)

@@ -11,7 +11,7 @@ import numpy as np
 from pairclip import _checks
 from pairclip._pictured import images_of, in_turn, neighbor_is_right
 from pairclip.evaluation import Evaluation
-from pairclip.plots._drawing import new_figure, saved, shortened
+from pairclip.plots.drawing import new_figure, saved, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,7 +7,7 @@ import io
 
 from PIL import Image
 
-from pairclip.report._html import Html, element
+from pairclip.report.html import Html, element
 
 
 def data_uri(image: Image.Image, side: int) -> tuple[str, int, int]:

@@ -1,4 +1,4 @@
-"""Class by class: heatmaps, figures, and which classes are confused."""
+"""Class by class: heatmaps, metrics, and which classes are confused."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import numpy.typing as npt
 from pairclip._class_order import similarity_order
 from pairclip._figures import QUERY_TITLES, shown, signed
 from pairclip.evaluation import Evaluation
-from pairclip.report._colors import heat_class
-from pairclip.report._html import Html, element, scrolling
+from pairclip.report.colors import heat_class
+from pairclip.report.html import Html, element, scrolling
 
 _MOST_CLASSES = 40
-_MOST_FIGURES = 12
+_MOST_VALUES = 12
 _PER_CLASS = ("recall_at_1", "mean_average_precision", "knn_accuracy")
 
 
@@ -46,7 +46,7 @@ def heatmaps(shown_evaluations: dict[str, Evaluation]) -> Html:
 
 
 def confused_classes(shown_evaluations: dict[str, Evaluation]) -> Html:
-    """The most similar pairs of classes of each evaluation, with their figures in all."""
+    """The most similar pairs of classes of each evaluation, with their similarity in all."""
     return element(
         "div",
         *(
@@ -58,7 +58,7 @@ def confused_classes(shown_evaluations: dict[str, Evaluation]) -> Html:
 
 
 def class_table(before: Evaluation | None, after: Evaluation) -> Html:
-    """Figures of each class; the page's script sorts it by any column."""
+    """Metrics of each class; the page's script sorts it by any column."""
     parts = ["value"] if before is None else ["before", "after", "change"]
     images = np.bincount(after.labels, minlength=len(after.class_names))
     head = element(
@@ -90,16 +90,16 @@ def class_table(before: Evaluation | None, after: Evaluation) -> Html:
             *(
                 element("td", text, class_="number")
                 for key in _PER_CLASS
-                for text in _class_figures(before, after, key, place)
+                for text in _class_metrics(before, after, key, place)
             ),
         )
         for place, name in enumerate(after.class_names)
     ]
     table = element("table", head, element("tbody", *rows), class_="sortable")
-    return scrolling("Figures of each class", table)
+    return scrolling("Metrics of each class", table)
 
 
-def _class_figures(
+def _class_metrics(
     before: Evaluation | None, after: Evaluation, key: str, place: int
 ) -> tuple[str, ...]:
     now = float(after.per_class[key][place])
@@ -145,7 +145,7 @@ def _heatmap(when: str, evaluation: Evaluation, order: npt.NDArray[np.int64]) ->
         )
         for name, row in zip(names, values.tolist(), strict=True)
     ]
-    dense = " dense" if len(names) > _MOST_FIGURES else ""
+    dense = " dense" if len(names) > _MOST_VALUES else ""
     table = element(
         "table",
         element("caption", when),

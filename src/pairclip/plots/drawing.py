@@ -16,6 +16,7 @@ DIFFERENT_COLOR = "#d55e00"
 def new_figure(
     width: float, height: float, layout: Literal["constrained", "compressed"] | None = None
 ) -> Figure:
+    """An empty figure of this size in inches, outside pyplot, which would keep it."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -26,11 +27,13 @@ def new_figure(
 
 
 def shortened(name: str, length: int) -> str:
+    """A name on one line, cut to a length."""
     name = " ".join(str(name).split())
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
 def saved(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
+    """The figure, saved where there is a path."""
     if path is not None:
         figure.savefig(path)
     return figure

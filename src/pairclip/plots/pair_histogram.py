@@ -10,7 +10,7 @@ import numpy as np
 
 from pairclip._pictured import pair_range
 from pairclip.evaluation import Evaluation
-from pairclip.plots._drawing import DIFFERENT_COLOR, SAME_COLOR, new_figure, saved
+from pairclip.plots.drawing import DIFFERENT_COLOR, SAME_COLOR, new_figure, saved
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

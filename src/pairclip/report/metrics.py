@@ -1,11 +1,11 @@
-"""The figures before and after: in words, and as a table."""
+"""The metrics before and after: in words, and as a table."""
 
 from __future__ import annotations
 
 from pairclip._figures import PAIR_TITLES, QUERY_TITLES, TITLES, Change, shown, signed
 from pairclip._pictured import neighbor_is_right
 from pairclip.evaluation import Evaluation
-from pairclip.report._html import Html, element, joined, scrolling
+from pairclip.report.html import Html, element, joined, scrolling
 
 MEANINGS = {
     "Recall at k": "share of queries with an image of their class among the k nearest",
@@ -53,8 +53,8 @@ def summary(before: Evaluation | None, after: Evaluation, name: str | None = Non
     )
 
 
-def figures_table(before: Evaluation | None, after: Evaluation, label: str = "Figures") -> Html:
-    """All figures, of queries and of pairs, with intervals and marks where there are two."""
+def metrics_table(before: Evaluation | None, after: Evaluation, label: str = "Metrics") -> Html:
+    """All metrics, of queries and of pairs, with intervals and marks where there are two."""
     changes = (
         {key: Change(getattr(after, key), getattr(after, key), None) for key in TITLES}
         if before is None
@@ -65,7 +65,7 @@ def figures_table(before: Evaluation | None, after: Evaluation, label: str = "Fi
         "thead",
         element(
             "tr",
-            element("th", "Figure", scope="col"),
+            element("th", "Metric", scope="col"),
             *(element("th", column, scope="col", class_="number") for column in columns),
         ),
     )
@@ -80,13 +80,13 @@ def figures_table(before: Evaluation | None, after: Evaluation, label: str = "Fi
             ("Pairs of images", PAIR_TITLES),
         ]
     ]
-    return scrolling(label, element("table", head, *groups, class_="figures"))
+    return scrolling(label, element("table", head, *groups, class_="metrics"))
 
 
 def meanings() -> Html:
-    """What each figure means, folded away."""
+    """What each metric means, folded away."""
     terms = [joined(element("dt", term), element("dd", text)) for term, text in MEANINGS.items()]
-    return element("details", element("summary", "What the figures mean"), element("dl", *terms))
+    return element("details", element("summary", "What the metrics mean"), element("dl", *terms))
 
 
 def _row(title: str, change: Change, compared: bool) -> Html:

@@ -8,7 +8,7 @@ import html
 from importlib import resources
 
 from pairclip import __version__
-from pairclip.report._colors import heat_styles
+from pairclip.report.colors import heat_styles
 
 
 class Html(str):

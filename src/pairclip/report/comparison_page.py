@@ -10,11 +10,11 @@ from pairclip import _files
 from pairclip._pictured import images_of
 from pairclip.evaluation import Evaluation
 from pairclip.finetuner import History
-from pairclip.report._charts import pair_histograms, training
-from pairclip.report._classes import class_table, confused_classes, heatmaps
-from pairclip.report._figures import figures_table, meanings, summary
-from pairclip.report._gallery import gallery
-from pairclip.report._html import Html, element, page, section
+from pairclip.report.charts import pair_histograms, training
+from pairclip.report.classes import class_table, confused_classes, heatmaps
+from pairclip.report.gallery import gallery
+from pairclip.report.html import Html, element, page, section
+from pairclip.report.metrics import meanings, metrics_table, summary
 
 _PAIRS = (
     "How similar two images are, over all pairs. The less the two shapes overlap, the better the "
@@ -35,7 +35,7 @@ def write_report(
     """Write what an evaluation shows, or two of them side by side, as one HTML page.
 
     The page is a single file that loads nothing, for light and dark screens, wide and narrow: the
-    figures with their intervals, heatmaps of the classes, histograms of the pairs, figures of
+    metrics with their intervals, heatmaps of the classes, histograms of the pairs, metrics of
     each class, and the images that queries found, right and wrong.
 
     Args:
@@ -73,7 +73,7 @@ def write_report(
     images = None if dataset is None else images_of(after, dataset)
     content = [
         section("In short", *_summaries(before, after)),
-        section("Figures", figures_table(before, after), meanings()),
+        section("Metrics", metrics_table(before, after), meanings()),
         section("Further images", *_also_tables(before, after)) if after.also else None,
         section("Similarity of classes", heatmaps(evaluations), confused_classes(evaluations)),
         section("Similarity of pairs", pair_histograms(evaluations), intro=_PAIRS),
@@ -102,8 +102,8 @@ def _also_tables(before: Evaluation | None, after: Evaluation) -> list[Html]:
     return [
         element(
             "details",
-            element("summary", f"Figures of “{name}”"),
-            figures_table(_also(before, name), other, f"Figures of {name}"),
+            element("summary", f"Metrics of “{name}”"),
+            metrics_table(_also(before, name), other, f"Metrics of {name}"),
         )
         for name, other in after.also.items()
     ]
