@@ -48,7 +48,6 @@ PRIVATE = {
     "_packing": "checkpoints",
     "_pairs": "retrieval",
     "_pictured": "plots",
-    "_pixels": "datasets",
     "_ranking": "retrieval",
     "_results": "evaluation",
     "_run": "finetuner",

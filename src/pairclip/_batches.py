@@ -18,7 +18,7 @@ from pairclip._randomness import (
     seed_all,
     set_random_state,
 )
-from pairclip.datasets import LabelledImages, in_memory
+from pairclip.datasets import LabelledImages
 from pairclip.samplers import ClassBalancedSampler, PairSampler
 from pairclip.towers.base import Preprocess
 
@@ -51,7 +51,7 @@ class TrainingItems(Dataset[tuple[Tensor, int]]):
         self.seed = seed
         self._at_once = isinstance(preprocess, Preprocess) and preprocess.fixed
         # Seeds take as long as small images do, and here nothing draws.
-        self._draws = not (data.of_features or (self._at_once and in_memory(data.dataset)))
+        self._draws = not (data.of_features or (self._at_once and data.source.in_memory))
 
     def __getitems__(self, keys: list[ItemKey]) -> list[tuple[Tensor, int]]:
         """The items of one batch (a `DataLoader` asks for them at once)."""

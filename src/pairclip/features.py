@@ -17,15 +17,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from pairclip import _checks
 from pairclip._randomness import random_state
-from pairclip.datasets import LabelledImages, origin_of, path_of
+from pairclip.datasets import LabelledImages
 from pairclip.embedding import Pixels, pixel_batches
 from pairclip.towers import VisionTower
 from pairclip.towers.base import bytes_of
@@ -206,31 +205,11 @@ def _key(trunk: Trunk, pixels: Pixels, dtype: torch.dtype) -> str:
     digest.update(bytes_of(data.labels))
     all_known = True
     for index in range(len(data)):
-        known = _known_of(data.dataset, index)
+        known = data.source.identity(index)
         all_known = all_known and known is not None
         digest.update(known or b"?")
     _add_sample(digest, pixels, _SAMPLE if all_known else _LARGE_SAMPLE)
     return digest.hexdigest()
-
-
-def _known_of(dataset: Any, index: int) -> bytes | None:
-    """What tells an image from others without decoding it, if anything does."""
-    path = path_of(dataset, index)
-    if path is not None and os.path.isfile(path):
-        status = os.stat(path)
-        return f"{os.path.abspath(path)} {status.st_size} {status.st_mtime_ns}\n".encode()
-    dataset, index = origin_of(dataset, index)
-    if isinstance(dataset, TensorDataset):
-        images: Any = dataset.tensors[0]
-    else:
-        images = dataset[0] if isinstance(dataset, tuple) else getattr(dataset, "data", None)
-    if not isinstance(images, (list, np.ndarray, Tensor)) or len(images) <= index:
-        return None
-    image = images[index]
-    if not isinstance(image, (np.ndarray, Tensor, Image.Image)):
-        return None
-    values = image if isinstance(image, Tensor) else torch.from_numpy(np.array(image))
-    return f"{values.dtype} {list(values.shape)}\n".encode() + bytes(bytes_of(values))
 
 
 def _add_sample(digest: hashlib._Hash, pixels: Pixels, count: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pairclip import _checks, _index_files
 from pairclip._vectors import unit_rows
-from pairclip.datasets import LabelledImages, path_of
+from pairclip.datasets import LabelledImages
 from pairclip.embedding import are_images, embed_images
 from pairclip.similarity import nearest_neighbors
 from pairclip.towers import VisionTower
@@ -150,7 +150,7 @@ class ImageIndex:
         images = LabelledImages(dataset)
         fingerprint = tower.fingerprint()
         embeddings = embed_images(tower, images, batch_size=batch_size, num_workers=num_workers)
-        paths = [path_of(images.dataset, index) for index in range(len(images))]
+        paths = [images.source.path(index) for index in range(len(images))]
         return cls(
             torch.cat([unit_rows(rows).to(dtype) for rows in embeddings.split(_ROWS)]),
             labels=None if unlabelled else images.labels,

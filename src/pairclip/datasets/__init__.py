@@ -1,0 +1,6 @@
+"""Any labelled image dataset as images and class ids; labels without decoding an image."""
+
+from pairclip.datasets.labelled_images import LabelledImages, class_names_of, labels_of
+from pairclip.datasets.rgb import as_rgb
+
+__all__ = ["LabelledImages", "as_rgb", "class_names_of", "labels_of"]

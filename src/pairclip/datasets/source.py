@@ -1,0 +1,61 @@
+"""What every kind of dataset answers."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+class Source:
+    """One dataset, seen as images with class ids.
+
+    A new kind of dataset is a subclass in a file of its own, made from the dataset alone, with
+    ``takes(dataset) -> bool``, which says whether it is of that kind; and its place in
+    `kinds.KINDS`.
+
+    Attributes:
+        dataset: What was given.
+        labels: Class id of each image, int64 ``[N]``; memory of its own.
+        class_names: Name of each class id, or None.
+        in_memory: Whether the images are an array or a tensor, so that reading one draws nothing
+            at random.
+        of_features: Whether the items are features of `cache_features`.
+    """
+
+    in_memory = False
+    of_features = False
+
+    def __init__(self, dataset: Any, labels: Tensor, class_names: list[str] | None) -> None:
+        self.dataset = dataset
+        self.labels = labels
+        self.class_names = class_names
+
+    def image(self, index: int) -> Any:
+        """The image at `index`, of any kind that `as_rgb` takes; `index` is in ``[0, N)``."""
+        raise NotImplementedError
+
+    def path(self, index: int) -> str | None:
+        """The file that an image is read from, where the dataset tells."""
+        return None
+
+    def held(self, index: int) -> Any:
+        """The image as it lies in memory, before any transform, or None where it doesn't."""
+        return None
+
+    def identity(self, index: int) -> bytes | None:
+        """What tells an image from others without decoding it, if anything does."""
+        path = self.path(index)
+        if path is not None and os.path.isfile(path):
+            status = os.stat(path)
+            return f"{os.path.abspath(path)} {status.st_size} {status.st_mtime_ns}\n".encode()
+        image = self.held(index)
+        if not isinstance(image, (np.ndarray, Tensor, Image.Image)):
+            return None
+        values = image if isinstance(image, Tensor) else torch.from_numpy(np.array(image))
+        flat = values.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        return f"{values.dtype} {list(values.shape)}\n".encode() + flat.numpy().tobytes()
