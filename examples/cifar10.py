@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from torch.utils.data import Subset
 
 import pairclip
+from pairclip.towers import random_tower
 
 OFFLINE_NOTE = (
     "offline stand-in: scikit-learn's digits and a small random tower, not CIFAR-10 and CLIP"
@@ -130,7 +131,7 @@ def run(args: argparse.Namespace, process: Accelerator) -> None:
     torch.manual_seed(args.seed)
     with process.main_process_first():  # downloads once
         data = offline_data(args) if args.offline else load_data(args)
-        tower = offline_tower() if args.offline else load_tower(args, process.device)
+        tower = offline_tower(args.seed) if args.offline else load_tower(args, process.device)
     if args.learning_rate is None:
         args.learning_rate = default_rate(tower, args)
     config = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
@@ -317,23 +318,9 @@ def offline_data(args: argparse.Namespace) -> Data:
     return split((images, [str(digit) for digit in digits.target]), args)
 
 
-def offline_tower() -> pairclip.VisionTower:
+def offline_tower(seed: int) -> pairclip.VisionTower:
     """A small CLIP vision tower with random weights."""
-    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    config = CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=16,
-        patch_size=4,
-        projection_dim=32,
-    )
-    processor = CLIPImageProcessor(
-        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
-    )
-    return pairclip.load_tower(CLIPVisionModelWithProjection(config), image_processor=processor)
+    return random_tower(patch_size=4, width=64, heads=4, embedding_dim=32, seed=seed)
 
 
 if __name__ == "__main__":

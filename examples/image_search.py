@@ -23,6 +23,7 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import pairclip
+from pairclip.towers import random_tower
 
 OFFLINE_NOTE = (
     "offline stand-in: scikit-learn's digits and a small random tower, not your images and CLIP"
@@ -209,22 +210,7 @@ def offline_images(folder: Path, count: int = 300) -> tuple[Path, Path]:
 
 def offline_tower() -> pairclip.VisionTower:
     """A small CLIP vision tower with random weights, the same in every call."""
-    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    config: Any = CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=16,
-        patch_size=4,
-        projection_dim=32,
-    )
-    processor = CLIPImageProcessor(
-        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
-    )
-    torch.manual_seed(0)
-    return pairclip.load_tower(CLIPVisionModelWithProjection(config), image_processor=processor)
+    return random_tower(patch_size=4, width=64, heads=4, embedding_dim=32)
 
 
 if __name__ == "__main__":

@@ -3,27 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from pairclip import VisionTower, load_tower
+from pairclip import VisionTower
+from pairclip.towers import random_tower
 
 
 @pytest.fixture
 def tower() -> VisionTower:
-    torch.manual_seed(0)
-    config = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=16,
-        patch_size=8,
-        projection_dim=12,
-    )
-    processor = CLIPImageProcessor(
-        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
-    )
-    return load_tower(CLIPVisionModelWithProjection(config), image_processor=processor)
+    torch.manual_seed(0)  # for what a test draws itself
+    return random_tower()
 
 
 @pytest.fixture

@@ -262,26 +262,9 @@ def _plain_tower() -> Any:
 
 
 def _clip_tower() -> Any:
-    import torch
-    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+    from pairclip.towers import random_tower
 
-    from pairclip import load_tower
-
-    torch.manual_seed(0)
-    config = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=16,
-        patch_size=8,
-        projection_dim=8,
-        attention_dropout=0.2,
-    )
-    processor = CLIPImageProcessor(
-        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
-    )
-    return load_tower(CLIPVisionModelWithProjection(config), image_processor=processor)
+    return random_tower(width=16, embedding_dim=8, attention_dropout=0.2)
 
 
 def _everything() -> tuple[Any, Any, dict[str, Any]]:

@@ -26,7 +26,6 @@ from pytorch_metric_learning import losses as pml
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 from torchvision import transforms
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import pairclip._loop
 from pairclip import (
@@ -47,6 +46,7 @@ from pairclip import (
 )
 from pairclip._saving import identity_of
 from pairclip.callbacks import FitState
+from pairclip.towers import random_tower
 
 LOSS = AllPairsCosineLoss(negatives="squared", positive_fraction=0.5)
 
@@ -807,23 +807,8 @@ REFUSED = [
 
 
 def clip_tower(*, heads: int = 2, activation: str = "quick_gelu") -> VisionTower:
-    torch.manual_seed(0)
-    config = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=heads,
-        image_size=8,
-        patch_size=4,
-        projection_dim=8,
-        hidden_act=activation,
-    )
-    return load_tower(
-        CLIPVisionModelWithProjection(config),
-        image_processor=CLIPImageProcessor(
-            size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}
-        ),
-    )
+    sizes = {"image_size": 8, "patch_size": 4, "width": 16, "depth": 1, "embedding_dim": 8}
+    return random_tower(**sizes, heads=heads, hidden_act=activation)
 
 
 @pytest.mark.parametrize(

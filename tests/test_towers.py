@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from pairclip import VisionTower, load_tower
+from pairclip.towers import random_tower
 from pairclip.towers.base import Preprocess
 
 VISION = {
@@ -720,3 +721,14 @@ def test_a_batch_is_preprocessed_as_each_image_alone(kind) -> None:
     preprocess = Preprocess(kind(size=kind().size))
     for one, other in zip(preprocess.batch(images), map(preprocess, images), strict=True):
         assert one.equal(other)
+
+
+def test_a_random_tower_is_the_same_for_one_seed_and_leaves_the_global_generator_alone() -> None:
+    state = torch.get_rng_state()
+    tower = random_tower()
+    assert torch.get_rng_state().equal(state)
+    assert not tower.training
+    assert tower.fingerprint() == random_tower().fingerprint() != random_tower(seed=1).fingerprint()
+    config = random_tower(width=16, heads=4, depth=3, hidden_act="gelu").model.config
+    assert (config.hidden_size, config.num_attention_heads, config.hidden_act) == (16, 4, "gelu")
+    assert config.num_hidden_layers == 3

@@ -53,12 +53,9 @@ class Checkpoint:
     Example:
         >>> import tempfile
         >>> import numpy as np
-        >>> from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-        >>> from pairclip import AllPairsCosineLoss, Finetuner, load_tower, newest_checkpoint
-        >>> config = CLIPVisionConfig(
-        ...     hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        ...     image_size=16, patch_size=8, projection_dim=8)
-        >>> tower = load_tower(CLIPVisionModelWithProjection(config))
+        >>> from pairclip import AllPairsCosineLoss, Finetuner, newest_checkpoint
+        >>> from pairclip.towers import random_tower
+        >>> tower = random_tower()
         >>> images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
         >>> data = (images, [0, 0, 0, 0, 1, 1, 1, 1])
         >>> with tempfile.TemporaryDirectory() as folder:

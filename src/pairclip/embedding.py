@@ -39,12 +39,9 @@ def embed_images(
 
     Example:
         >>> import numpy as np
-        >>> from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-        >>> from pairclip import embed_images, load_tower
-        >>> config = CLIPVisionConfig(
-        ...     hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        ...     image_size=16, patch_size=8, projection_dim=8)
-        >>> tower = load_tower(CLIPVisionModelWithProjection(config))
+        >>> from pairclip import embed_images
+        >>> from pairclip.towers import random_tower
+        >>> tower = random_tower(embedding_dim=8)
         >>> embed_images(tower, np.zeros((3, 16, 16, 3), dtype=np.uint8)).shape
         torch.Size([3, 8])
     """

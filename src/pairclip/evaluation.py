@@ -52,12 +52,9 @@ def evaluate(
 
     Example:
         >>> import numpy as np
-        >>> from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-        >>> from pairclip import evaluate, load_tower
-        >>> config = CLIPVisionConfig(
-        ...     hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        ...     image_size=16, patch_size=8, projection_dim=8)
-        >>> tower = load_tower(CLIPVisionModelWithProjection(config))
+        >>> from pairclip import evaluate
+        >>> from pairclip.towers import random_tower
+        >>> tower = random_tower()
         >>> images = np.zeros((4, 16, 16, 3), dtype=np.uint8)
         >>> images[2:] = 255
         >>> evaluate(tower, (images, ["black", "black", "white", "white"])).recall_at_1

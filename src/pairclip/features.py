@@ -59,13 +59,9 @@ class CachedFeatures(Dataset[tuple[Tensor, int]]):
     Example:
         >>> import tempfile
         >>> import numpy as np
-        >>> from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-        >>> from pairclip import load_tower
         >>> from pairclip.features import CachedFeatures, cache_features
-        >>> config = CLIPVisionConfig(
-        ...     hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        ...     image_size=16, patch_size=8, projection_dim=8)
-        >>> trunk, head = load_tower(CLIPVisionModelWithProjection(config)).split(1)
+        >>> from pairclip.towers import random_tower
+        >>> trunk, head = random_tower().split(1)
         >>> images = np.zeros((2, 16, 16, 3), dtype=np.uint8)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = cache_features(trunk, (images, ["cat", "dog"]), folder).path
@@ -136,21 +132,17 @@ def cache_features(
     Example:
         >>> import tempfile
         >>> import numpy as np
-        >>> from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-        >>> from pairclip import AllPairsCosineLoss, Finetuner, load_tower
+        >>> from pairclip import AllPairsCosineLoss, Finetuner
         >>> from pairclip.features import cache_features
-        >>> config = CLIPVisionConfig(
-        ...     hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
-        ...     image_size=16, patch_size=8, projection_dim=8)
-        >>> tower = load_tower(CLIPVisionModelWithProjection(config))
-        >>> trunk, head = tower.split(1)
+        >>> from pairclip.towers import random_tower
+        >>> trunk, head = random_tower().split(1)
         >>> images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
         >>> labels = [0, 0, 0, 0, 1, 1, 1, 1]
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     features = cache_features(trunk, (images, labels), folder)
         ...     history = Finetuner(head, AllPairsCosineLoss()).fit(features, batch_size=4)
         >>> features[0][0].shape, features[0][0].dtype, len(history.steps)
-        (torch.Size([5, 16]), torch.float16, 2)
+        (torch.Size([5, 32]), torch.float16, 2)
     """
     if not isinstance(trunk, Trunk):
         raise TypeError(

@@ -118,12 +118,9 @@ class Finetuner:
 
     Example:
         >>> import numpy as np
-        >>> from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-        >>> from pairclip import AllPairsCosineLoss, Finetuner, load_tower
-        >>> config = CLIPVisionConfig(
-        ...     hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        ...     image_size=16, patch_size=8, projection_dim=8)
-        >>> tower = load_tower(CLIPVisionModelWithProjection(config))
+        >>> from pairclip import AllPairsCosineLoss, Finetuner
+        >>> from pairclip.towers import random_tower
+        >>> tower = random_tower()
         >>> images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
         >>> labels = [0, 0, 0, 0, 1, 1, 1, 1]
         >>> finetuner = Finetuner(tower, AllPairsCosineLoss(negatives="squared"))

@@ -79,29 +79,21 @@ _WARM_TURNS = 2
 
 def tower_named(name: str, folder: str = "") -> Any:
     """The tower, with random weights; `folder` keeps the one of real size."""
-    import torch
-    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
-
     from pairclip import load_tower
+    from pairclip.towers import random_tower
 
     if folder and (Path(folder) / "config.json").exists():
         return load_tower(folder)
     settings = TOWERS[name]
-    config = CLIPVisionConfig(
-        hidden_size=settings.hidden,
-        intermediate_size=4 * settings.hidden,
-        num_hidden_layers=settings.blocks,
-        num_attention_heads=max(2, settings.hidden // 64),
+    tower = random_tower(
         image_size=settings.size,
         patch_size=settings.patch,
-        projection_dim=settings.projection,
+        width=settings.hidden,
+        depth=settings.blocks,
+        heads=max(2, settings.hidden // 64),
+        embedding_dim=settings.projection,
+        intermediate_size=4 * settings.hidden,
     )
-    side = settings.size
-    processor = CLIPImageProcessor(
-        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-    )
-    torch.manual_seed(0)
-    tower = load_tower(CLIPVisionModelWithProjection(config), image_processor=processor)
     if folder:
         tower.save_pretrained(folder)
     return tower

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from pairclip import (
     AllPairsCosineLoss,
@@ -23,6 +22,7 @@ from pairclip import (
     VisionTower,
     load_tower,
 )
+from pairclip.towers import random_tower
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -50,18 +50,10 @@ def pictures() -> np.ndarray:
 class Clip(nn.Module):
     """A CLIP encoder of one block, with something after it that a test may put there."""
 
-    def __init__(self, extra: nn.Module) -> None:
+    def __init__(self, extra: nn.Module, seed: int) -> None:
         super().__init__()
-        config = CLIPVisionConfig(
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            image_size=8,
-            patch_size=4,
-            projection_dim=DIMENSION,
-        )
-        self.clip = CLIPVisionModelWithProjection(config)
+        sizes = {"image_size": 8, "patch_size": 4, "width": 16, "depth": 1}
+        self.clip = random_tower(**sizes, embedding_dim=DIMENSION, seed=seed).model
         self.extra = extra
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -70,11 +62,8 @@ class Clip(nn.Module):
 
 
 def new_tower(extra: nn.Module | None = None, seed: int = 0) -> VisionTower:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return load_tower(
-            Clip(nn.Identity() if extra is None else extra), image_processor=to_tensor
-        )
+    encoder = Clip(nn.Identity() if extra is None else extra, seed)
+    return load_tower(encoder, image_processor=to_tensor)
 
 
 def new_loss(name: str, seed: int = 0) -> Any:

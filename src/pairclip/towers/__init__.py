@@ -3,5 +3,6 @@
 from pairclip.towers.base import VisionTower, tower_of
 from pairclip.towers.loading import load_tower
 from pairclip.towers.training import interpolate, layer_decay
+from pairclip.towers.untrained import random_tower
 
-__all__ = ["VisionTower", "interpolate", "layer_decay", "load_tower", "tower_of"]
+__all__ = ["VisionTower", "interpolate", "layer_decay", "load_tower", "random_tower", "tower_of"]

@@ -159,18 +159,14 @@ class VisionTower(nn.Module):
                 SigLIP.
 
         Example:
-            >>> from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-            >>> from pairclip import load_tower
-            >>> config = CLIPVisionConfig(
-            ...     hidden_size=16, intermediate_size=32, num_hidden_layers=3, image_size=16,
-            ...     num_attention_heads=2, patch_size=8, projection_dim=8)
-            >>> tower = load_tower(CLIPVisionModelWithProjection(config))
+            >>> from pairclip.towers import random_tower
+            >>> tower = random_tower(depth=3)
             >>> tower.freeze(all_but_last=1)
-            Trainable: 2,384 of 10,032 parameters (23.8 %), 1 of 3 blocks.
-            (2384, 10032)
+            Trainable: 8,992 of 32,480 parameters (27.7 %), 1 of 3 blocks.
+            (8992, 32480)
             >>> tower.freeze(all_but="projection")
-            Trainable: 128 of 10,032 parameters (1.3 %), 0 of 3 blocks.
-            (128, 10032)
+            Trainable: 384 of 32,480 parameters (1.2 %), 0 of 3 blocks.
+            (384, 32480)
         """
         freezing.freeze(self, names, all_but_last=all_but_last, all_but=all_but)
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
@@ -205,16 +201,12 @@ class VisionTower(nn.Module):
 
         Example:
             >>> import torch
-            >>> from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-            >>> from pairclip import load_tower
-            >>> config = CLIPVisionConfig(
-            ...     hidden_size=16, intermediate_size=32, num_hidden_layers=3, image_size=16,
-            ...     num_attention_heads=2, patch_size=8, projection_dim=8)
-            >>> tower = load_tower(CLIPVisionModelWithProjection(config))
+            >>> from pairclip.towers import random_tower
+            >>> tower = random_tower(depth=3)
             >>> trunk, head = tower.split(1)
             >>> pixels = torch.rand(2, 3, 16, 16)
             >>> trunk(pixels).shape
-            torch.Size([2, 5, 16])
+            torch.Size([2, 5, 32])
             >>> torch.equal(head(trunk(pixels)), tower(pixels))
             True
         """

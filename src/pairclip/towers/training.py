@@ -41,13 +41,8 @@ def layer_decay(
 
     Example:
         >>> import torch
-        >>> from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-        >>> from pairclip import load_tower
-        >>> from pairclip.towers import layer_decay
-        >>> config = CLIPVisionConfig(
-        ...     hidden_size=16, intermediate_size=32, num_hidden_layers=2, image_size=16,
-        ...     num_attention_heads=2, patch_size=8, projection_dim=8)
-        >>> tower = load_tower(CLIPVisionModelWithProjection(config))
+        >>> from pairclip.towers import layer_decay, random_tower
+        >>> tower = random_tower()
         >>> groups = layer_decay(tower, 1e-3, 0.5)
         >>> {group["name"].split(",")[0]: group["lr"] for group in groups}
         {'after': 0.001, 'block 2': 0.0005, 'block 1': 0.00025, 'before': 0.000125}
@@ -111,13 +106,8 @@ def interpolate(base: VisionTower, tuned: VisionTower, alpha: float) -> VisionTo
     Example:
         >>> import copy
         >>> import torch
-        >>> from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-        >>> from pairclip import load_tower
-        >>> from pairclip.towers import interpolate
-        >>> config = CLIPVisionConfig(
-        ...     hidden_size=16, intermediate_size=32, num_hidden_layers=1, image_size=16,
-        ...     num_attention_heads=2, patch_size=8, projection_dim=8)
-        >>> base = load_tower(CLIPVisionModelWithProjection(config))
+        >>> from pairclip.towers import interpolate, random_tower
+        >>> base = random_tower()
         >>> tuned = copy.deepcopy(base)
         >>> _ = torch.nn.init.ones_(tuned.model.visual_projection.weight)
         >>> _ = torch.nn.init.zeros_(base.model.visual_projection.weight)
