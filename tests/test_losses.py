@@ -1,5 +1,6 @@
 """Losses against torch, pytorch-metric-learning and a float64 brute force."""
 
+import doctest
 import math
 
 import numpy as np
@@ -15,11 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pairclip import (
     AllPairsCosineLoss,
     CosinePairLoss,
-    _all_pairs as implementation,
     _vectors,
     all_pairs_cosine_loss,
     cosine_pair_loss,
+    on_pairs,
 )
+from pairclip.losses import all_pairs_gradient, batch as batch_module, hinge, linear, squared
+from pairclip.losses.all_pairs_gradient import value_and_gradient
 
 checked = settings(deadline=None, derandomize=True, max_examples=60)
 
@@ -277,7 +280,7 @@ def test_length_of_addition_chains_and_pieces_does_not_matter(batch, form, fract
     expected = value_and_gradients(lambda x: brute_force(x, labels, **options), rows)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_vectors, "_CHAIN", chain)
-        patch.setattr(implementation, "_PIECE", chain * rows.shape[1])
+        patch.setattr(batch_module, "_PIECE", chain * rows.shape[1])
         actual = value_and_gradients(lambda x: all_pairs_cosine_loss(x, labels, **options), rows)
     for ours, theirs in zip(actual, expected, strict=True):
         assert_close(ours, theirs)
@@ -298,10 +301,9 @@ def test_class_slots_of_an_accelerator_give_the_same(batch, form, fraction, chai
 
 
 def on_meta(negatives):
-    rows = torch.empty(9, 4, device="meta", requires_grad=True)
+    rows = torch.empty(9, 4, device="meta")
     labels = torch.empty(9, dtype=torch.int64, device="meta")
-    implementation.AllPairs.apply(rows, labels, negatives, 0.0, 0.5).backward()
-    return rows.grad.shape
+    return value_and_gradient(rows, labels, negatives, 0.0, 0.5, wanted=True)[1].shape
 
 
 @pytest.mark.parametrize("negatives", ["linear", "hinge"])
@@ -893,3 +895,48 @@ def test_wrong_same_is_an_error(same, message):
 def test_wrong_labels_are_an_error(labels, error, message):
     with pytest.raises(error, match=message):
         all_pairs_cosine_loss(torch.ones(3, 2), labels)
+
+
+@pytest.mark.parametrize(
+    "module", [all_pairs_gradient, linear, hinge, squared], ids=lambda m: m.__name__
+)
+def test_the_examples_of_the_closed_forms_are_right(module):
+    failed, attempted = doctest.testmod(module)
+    assert attempted > 3
+    assert not failed
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, a, b, same):
+        return self.scale * cosine_pair_loss(a, b, same)
+
+
+def test_a_loss_says_whether_it_takes_pairs():
+    assert CosinePairLoss.takes_pairs
+    assert on_pairs(cosine_pair_loss).takes_pairs
+    assert not getattr(AllPairsCosineLoss(), "takes_pairs", False)
+
+
+def test_any_loss_on_pairs_is_called_as_it_is_and_keeps_its_parameters():
+    a, b = random_rows(2, 6, 3)
+    same = torch.arange(6) % 2 == 0
+    assert torch.equal(on_pairs(cosine_pair_loss)(a, b, same), cosine_pair_loss(a, b, same))
+    scaled = on_pairs(Scaled())
+    scaled(a, b, same).backward()
+    assert [parameter.grad is not None for parameter in scaled.parameters()] == [True]
+    other = on_pairs(Scaled())
+    with torch.no_grad():
+        other.loss.scale.fill_(5)
+    other.load_state_dict(scaled.state_dict())
+    assert torch.equal(other(a, b, same), scaled(a, b, same))
+    assert "Scaled" in repr(scaled)
+    assert "cosine_pair_loss" in repr(on_pairs(cosine_pair_loss))
+
+
+def test_what_can_not_be_called_is_no_loss_on_pairs():
+    with pytest.raises(TypeError, match=r"`loss` must be callable as loss\(a, b, same\), got 0.2"):
+        on_pairs(0.2)

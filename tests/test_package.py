@@ -34,7 +34,6 @@ ORDER = [
 # Private modules belong to the room that uses them first.
 PRIVATE = {
     "_all_figures": "retrieval",
-    "_all_pairs": "losses",
     "_batches": "finetuner",
     "_blocks": "retrieval",
     "_bootstrap": "evaluation",

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
         CosinePairLoss as CosinePairLoss,
         all_pairs_cosine_loss as all_pairs_cosine_loss,
         cosine_pair_loss as cosine_pair_loss,
+        on_pairs as on_pairs,
     )
     from pairclip.plots import (
         plot_class_similarity as plot_class_similarity,
@@ -95,7 +96,13 @@ __version__ = "0.1.0"
 
 # Module -> the public names that it defines; the block above says the same to type checkers.
 _EXPORTS: dict[str, tuple[str, ...]] = {
-    "losses": ("AllPairsCosineLoss", "CosinePairLoss", "all_pairs_cosine_loss", "cosine_pair_loss"),
+    "losses": (
+        "AllPairsCosineLoss",
+        "CosinePairLoss",
+        "all_pairs_cosine_loss",
+        "cosine_pair_loss",
+        "on_pairs",
+    ),
     "samplers": ("ClassBalancedSampler", "PairSampler"),
     "similarity": ("class_similarity_matrix", "nearest_neighbors", "similarity_matrix"),
     "retrieval": (
