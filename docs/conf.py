@@ -1,9 +1,15 @@
 """Sphinx configuration."""
 
+import html
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
 from docutils import nodes
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+from sphinx.errors import ExtensionError
 
 import pairclip
 
@@ -55,5 +61,25 @@ def resolve_public_name(
     )
 
 
+def without_heading(titles: Mapping[str, str], folder: Path) -> list[str]:
+    """Pages that don't show their own heading: Sphinx writes search.html, among others, itself."""
+    lost = []
+    for name, title in titles.items():
+        page = (folder / f"{name}.html").read_text("utf-8")
+        headings = [html.unescape(re.sub("<.*?>", "", each)) for each in re.findall("<h1.*", page)]
+        if not any(heading.startswith(title) for heading in headings):
+            lost.append(name)
+    return lost
+
+
+def check_headings(app: Sphinx, error: Exception | None) -> None:
+    if error is not None or app.builder.name != "html":
+        return
+    titles = {name: title.astext() for name, title in app.env.titles.items()}
+    if lost := without_heading(titles, Path(app.outdir)):
+        raise ExtensionError(f"Something else was written over {lost}: rename these pages.")
+
+
 def setup(app: Sphinx) -> None:
     app.connect("missing-reference", resolve_public_name)
+    app.connect("build-finished", check_headings)
