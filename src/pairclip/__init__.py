@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from pairclip._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from pairclip.callbacks import (
         Callback as Callback,
@@ -91,8 +93,6 @@ if TYPE_CHECKING:
         layer_decay as layer_decay,
         load_tower as load_tower,
     )
-
-__version__ = "0.1.0"
 
 # Module -> the public names that it defines; the block above says the same to type checkers.
 _EXPORTS: dict[str, tuple[str, ...]] = {
