@@ -38,11 +38,12 @@ from typing import Any, NamedTuple
 
 import _bench
 from _bench import Criterion, Row
+from contenders import bare, ours, pml, sbert
+from contenders.task import RATE, Work
 
 PAIRCLIP, BARE, PML, SBERT = "pairclip", "bare", "PML", "sentence-transformers"
 OF_MODEL = " of the model"
 CONTENDERS = (PAIRCLIP, *(of + which for which in ("", OF_MODEL) for of in (BARE, PML, SBERT)))
-RATE, CLIP = 1e-5, 1.0
 _CLASSES = 8
 _MIB = 2**20
 
@@ -112,197 +113,11 @@ def batches_of(count: int, batch: int, steps: int) -> list[list[int]]:
     return [[(step * batch + i) % count for i in range(batch)] for step in range(steps)]
 
 
-class Work(NamedTuple):
-    """What all contenders do, and what they call after each step."""
-
-    tower: Any
-    module: Any
-    loss: Any
-    images: Any
-    labels: list[int]
-    batches: list[list[int]]
-    tick: Callable[[], None]
-
-
-def run_pairclip(work: Work) -> None:
-    from pairclip import Callback, Finetuner
-
-    class Clock(Callback):
-        def on_step(self, fit: Any) -> None:
-            work.tick()
-
-    finetuner = Finetuner(
-        work.tower,
-        work.loss,
-        learning_rate=RATE,
-        schedule="constant",
-        warmup_ratio=0.0,
-        max_grad_norm=CLIP,
-        callbacks=[Clock()],
-    )
-    finetuner.fit((work.images, work.labels), sampler=work.batches)
-
-
-def dataset_of(work: Work) -> Any:
-    from PIL import Image
-    from torch.utils.data import Dataset
-
-    preprocess = work.tower.preprocess
-
-    class Preprocessed(Dataset[Any]):
-        def __len__(self) -> int:
-            return len(work.labels)
-
-        def __getitem__(self, index: int) -> Any:
-            return preprocess(Image.fromarray(work.images[index])), work.labels[index]
-
-    return Preprocessed()
-
-
-def adamw(tower: Any) -> Any:
-    import torch
-
-    parameters = [p for p in tower.parameters() if p.requires_grad]
-    return torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0, fused=True)
-
-
-def run_bare(work: Work) -> None:
-    import torch
-    from torch.utils.data import DataLoader
-
-    tower, optimizer = work.module, adamw(work.module)
-    tower.train()
-    for pixels, labels in DataLoader(dataset_of(work), batch_sampler=work.batches):
-        optimizer.zero_grad()
-        work.loss(tower(pixels), labels).backward()
-        torch.nn.utils.clip_grad_norm_(tower.parameters(), CLIP)
-        optimizer.step()
-        work.tick()
-
-
-def run_pml(work: Work) -> None:
-    import torch
-    from pytorch_metric_learning.trainers import MetricLossOnly
-    from torch.utils.data import BatchSampler
-
-    class Batches(BatchSampler):
-        def __init__(self) -> None: ...
-
-        def __iter__(self) -> Iterator[list[int]]:
-            return iter(work.batches)
-
-        def __len__(self) -> int:
-            return len(work.batches)
-
-    class Loss(torch.nn.Module):
-        def forward(self, embeddings: Any, labels: Any, pairs: Any) -> Any:
-            return work.loss(embeddings, labels)
-
-    trainer = MetricLossOnly(
-        models={"trunk": work.module},
-        optimizers={"trunk_optimizer": adamw(work.module)},
-        batch_size=len(work.batches[0]),
-        loss_funcs={"metric_loss": Loss()},
-        dataset=dataset_of(work),
-        sampler=Batches(),
-        gradient_clippers={
-            "trunk_grad_clipper": lambda: torch.nn.utils.clip_grad_norm_(
-                work.module.parameters(), CLIP
-            )
-        },
-        dataloader_num_workers=0,
-        end_of_iteration_hook=lambda trainer: work.tick(),
-    )
-    trainer.train(num_epochs=1)
-
-
-def run_sbert(work: Work) -> None:
-    import torch
-    from datasets import Dataset
-    from PIL import Image
-    from sentence_transformers import (
-        SentenceTransformer,
-        SentenceTransformerTrainer,
-        SentenceTransformerTrainingArguments,
-    )
-    from sentence_transformers.base.modules import InputModule
-    from sentence_transformers.base.sampler import DefaultBatchSampler
-    from transformers import TrainerCallback
-
-    class Images(InputModule):
-        """The tower as a first module; the image processor takes the whole batch."""
-
-        modalities = ("image",)
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.tower = work.module
-
-        def preprocess(self, inputs: Any, prompt: str | None = None, **options: Any) -> Any:
-            pixels = work.tower.image_processor(images=inputs, return_tensors="pt")
-            return {"pixel_values": pixels["pixel_values"]}
-
-        def forward(self, features: Any, **options: Any) -> Any:
-            return features | {"sentence_embedding": self.tower(features["pixel_values"])}
-
-        def save(self, *arguments: Any, **options: Any) -> None: ...
-
-    class Loss(torch.nn.Module):
-        def __init__(self, model: Any) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, features: Any, labels: Any) -> Any:
-            return work.loss(self.model(features[0])["sentence_embedding"], labels)
-
-    class Batches(DefaultBatchSampler):
-        def __iter__(self) -> Iterator[list[int]]:
-            return iter(work.batches)
-
-        def __len__(self) -> int:
-            return len(work.batches)
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, *arguments: Any, **options: Any) -> None:
-            work.tick()
-
-    def opened(rows: Any) -> Any:
-        return rows | {"image": [Image.fromarray(work.images[i]) for i in rows["image"]]}
-
-    indices = list(range(len(work.labels)))
-    data = Dataset.from_dict({"image": indices, "label": work.labels}).with_transform(opened)
-    model = SentenceTransformer(modules=[Images()], device="cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        SentenceTransformerTrainer(
-            model=model,
-            args=SentenceTransformerTrainingArguments(
-                folder,
-                use_cpu=True,
-                num_train_epochs=1,
-                per_device_train_batch_size=len(work.batches[0]),
-                batch_sampler=Batches,
-                learning_rate=RATE,
-                lr_scheduler_type="constant",
-                weight_decay=0.0,
-                max_grad_norm=CLIP,
-                optim="adamw_torch_fused",
-                logging_strategy="no",
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                dataloader_pin_memory=False,
-            ),
-            train_dataset=data,
-            loss=Loss(model),
-            callbacks=[Clock()],
-        ).train()
-
-
 RUNS: dict[str, Callable[[Work], None]] = {
-    PAIRCLIP: run_pairclip,
-    BARE: run_bare,
-    PML: run_pml,
-    SBERT: run_sbert,
+    PAIRCLIP: ours.train,
+    BARE: bare.train,
+    PML: pml.train,
+    SBERT: sbert.train,
 }
 
 

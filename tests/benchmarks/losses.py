@@ -22,18 +22,16 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import _bench
 from _bench import Criterion, Row
+from contenders import bare, ours, pml, sbert
+from contenders.task import Step, backward_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Step = Callable[[], None]
-
-MARGIN = 0.2
 FORMS = ("linear", "squared", "hinge")
 NORMALIZE = "F.normalize"
 ONLINE = "sentence-transformers online"
@@ -55,94 +53,15 @@ def contenders() -> list[str]:
 def build(contender: str, embeddings: Tensor, labels: Tensor) -> Step:
     """The forward and backward pass of a contender on this batch."""
     if contender == NORMALIZE:
-        return _normalize(embeddings)
+        return bare.normalize(embeddings)
     if contender == ONLINE:
-        return _online(embeddings)
+        return sbert.online(embeddings)
     kind, form = contender.split()
-    losses = {"pairclip": _pairclip, "PML": _pml, "PML-sum": _pml_sum, "plain": _plain}
+    losses = {"pairclip": ours.loss, "PML": pml.loss, "PML-sum": pml.loss_of_sums}
+    losses["plain"] = bare.loss
     leaf = embeddings.requires_grad_()
     loss = losses[kind](form)
-    return _backward_of(lambda: loss(leaf, labels), leaf)
-
-
-def _backward_of(loss: Callable[[], Tensor], *leaves: Tensor) -> Step:
-    def step() -> None:
-        for leaf in leaves:
-            leaf.grad = None
-        loss().backward()
-
-    return step
-
-
-def _pairclip(form: str) -> Callable[[Tensor, Tensor], Tensor]:
-    from pairclip import AllPairsCosineLoss
-
-    return AllPairsCosineLoss(negatives=form, margin=MARGIN if form == "hinge" else 0.0)
-
-
-def _pml(form: str, **options: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    from pytorch_metric_learning.distances import CosineSimilarity
-    from pytorch_metric_learning.losses import ContrastiveLoss
-
-    return ContrastiveLoss(
-        pos_margin=1,
-        neg_margin=MARGIN if form == "hinge" else -1,
-        distance=CosineSimilarity(),
-        **options,
-    )
-
-
-def _pml_sum(form: str) -> Callable[[Tensor, Tensor], Tensor]:
-    from pytorch_metric_learning.reducers import SumReducer
-
-    return _pml(form, reducer=SumReducer())
-
-
-def _plain(form: str) -> Callable[[Tensor, Tensor], Tensor]:
-    import torch
-    import torch.nn.functional as F
-
-    negative: dict[str, Callable[[Tensor], Tensor]] = {
-        "linear": lambda similarity: similarity,
-        "squared": torch.square,
-        "hinge": lambda similarity: (similarity - MARGIN).clamp_min(0),
-    }
-
-    def loss(embeddings: Tensor, labels: Tensor) -> Tensor:
-        unit = F.normalize(embeddings)
-        similarity = unit @ unit.T
-        same = labels[:, None] == labels
-        cost = torch.where(same, 1 - similarity, negative[form](similarity))
-        return cost.triu(1).sum() / (len(labels) * (len(labels) - 1) / 2)
-
-    return loss
-
-
-def _online(embeddings: Tensor) -> Step:
-    import torch
-    from sentence_transformers.sentence_transformer.losses import OnlineContrastiveLoss
-
-    left, right = (half.clone().requires_grad_() for half in embeddings.chunk(2))
-    matching = torch.arange(len(left)) % 2
-    # The model encodes sentences before the loss; here the embeddings are there already.
-    loss = OnlineContrastiveLoss(model=None)
-    return _backward_of(
-        lambda: loss.compute_loss_from_embeddings([left, right], matching), left, right
-    )
-
-
-def _normalize(embeddings: Tensor) -> Step:
-    import torch
-    import torch.nn.functional as F
-
-    leaf = embeddings.requires_grad_()
-    upstream = torch.ones_like(embeddings)
-
-    def step() -> None:
-        leaf.grad = None
-        F.normalize(leaf).backward(upstream)
-
-    return step
+    return backward_of(lambda: loss(leaf, labels), leaf)
 
 
 def batch_of(rows: int, classes: int, width: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Time and memory of retrieval figures and of exact search, against peers.
+"""Time and memory of retrieval metrics and of exact search, against peers.
 
     pip install -e ".[bench]"
     python tests/benchmarks/retrieval.py            # all rows
@@ -10,7 +10,7 @@ of a few runs, which take turns with the bare matrix product of the same rows, i
 size, so that "x product" doesn't depend on how busy the machine is. Memory is measured in a second
 process: the highest resident memory, and what of it came after the embeddings were there.
 
-"Figures" are precision at 1, R-precision and MAP@R. pytorch-metric-learning (PML) computes them
+"Metrics" are precision at 1, R-precision and MAP@R. pytorch-metric-learning (PML) computes them
 with its AccuracyCalculator as it comes but for the search, where its default is FAISS with
 Euclidean distance: it gets its own exact cosine search. pairclip's are those of
 `retrieval_figures`; or three functions called one after another.
@@ -25,97 +25,31 @@ from typing import TYPE_CHECKING, Any
 
 import _bench
 from _bench import Criterion, Row
+from contenders import faiss_flat, ours, pml, sbert
+from contenders.task import BLOCK
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 EVALUATE = "pairclip evaluate_embeddings"
-FIGURES = "pairclip figures"
+METRICS = "pairclip metrics"
 FUNCTIONS = "pairclip three functions"
-PML = "PML figures"
+PML = "PML metrics"
 NEIGHBORS = "pairclip nearest_neighbors"
 SEMANTIC = "sentence-transformers semantic_search"
 FAISS = "FAISS flat"
 
-NEAREST = 10
-SMALL, LARGE = 10_000, 50_000
-# Rows of the bare product that are computed at once.
-_BLOCK = 512
-# At least two turns, and more of them while they take no longer than this.
-_SECONDS = 20.0
+SMALL, LARGE = "small", "large"
 
 
-def evaluate(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
-    from pairclip.evaluation import evaluate_embeddings
-
-    found = evaluate_embeddings(embeddings, labels).to_dict()
-    return {name: found[name] for name in ("recall_at_1", "mean_average_precision")}
-
-
-def figures(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
-    from pairclip import retrieval_figures
-
-    return retrieval_figures(embeddings, labels, ("precision_at_1", "r_precision", "map_at_r"))
-
-
-def three_functions(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
-    from pairclip.retrieval import map_at_r, precision_at_k, r_precision
-
-    return {
-        "precision_at_1": precision_at_k(embeddings, labels, k=1),
-        "r_precision": r_precision(embeddings, labels),
-        "map_at_r": map_at_r(embeddings, labels),
-    }
-
-
-def pml(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
-    from pytorch_metric_learning.distances import CosineSimilarity
-    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
-    from pytorch_metric_learning.utils.inference import CustomKNN
-
-    names = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
-    search = CustomKNN(CosineSimilarity(), batch_size=_BLOCK)
-    found = AccuracyCalculator(include=names, knn_func=search).get_accuracy(embeddings, labels)
-    return dict(
-        zip(("precision_at_1", "r_precision", "map_at_r"), map(found.get, names), strict=True)
-    )
-
-
-def neighbors(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
-    from pairclip.similarity import nearest_neighbors
-
-    scores, _ = nearest_neighbors(embeddings, k=NEAREST)
-    return {"mean_score": float(scores.mean())}
-
-
-def semantic(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
-    from sentence_transformers.util import semantic_search
-
-    found = semantic_search(embeddings, embeddings, top_k=NEAREST + 1)
-    scores = [hit["score"] for hits in found for hit in hits[1:]]
-    return {"mean_score": sum(scores) / len(scores)}
-
-
-def faiss(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
-    import faiss as library
-    import torch
-
-    library.omp_set_num_threads(torch.get_num_threads())
-    unit = torch.nn.functional.normalize(embeddings).numpy()
-    index = library.IndexFlatIP(unit.shape[1])
-    index.add(unit)
-    scores, _ = index.search(unit, NEAREST + 1)
-    return {"mean_score": float(scores[:, 1:].mean())}
-
-
-CONTENDERS: dict[str, tuple[Callable[[Tensor, Tensor], dict[str, float]], tuple[int, ...]]] = {
-    EVALUATE: (evaluate, (SMALL, LARGE)),
-    FIGURES: (figures, (SMALL, LARGE)),
-    FUNCTIONS: (three_functions, (SMALL,)),
-    PML: (pml, (SMALL,)),
-    NEIGHBORS: (neighbors, (SMALL, LARGE)),
-    SEMANTIC: (semantic, (SMALL, LARGE)),
-    FAISS: (faiss, (SMALL, LARGE)),
+CONTENDERS: dict[str, tuple[Callable[[Tensor, Tensor], dict[str, float]], tuple[str, ...]]] = {
+    EVALUATE: (ours.evaluate, (SMALL, LARGE)),
+    METRICS: (ours.metrics, (SMALL, LARGE)),
+    FUNCTIONS: (ours.three_functions, (SMALL,)),
+    PML: (pml.metrics, (SMALL,)),
+    NEIGHBORS: (ours.neighbors, (SMALL, LARGE)),
+    SEMANTIC: (sbert.semantic, (SMALL, LARGE)),
+    FAISS: (faiss_flat.neighbors, (SMALL, LARGE)),
 }
 
 
@@ -138,18 +72,23 @@ def measure(job: Row) -> Row:
     # Code is mapped when it first runs, and threads start: a small set sees to both.
     run(*rows_of(512, job["classes"], job["width"]))
     rows = rows_of(job["rows"], job["classes"], job["width"])
-    return {"time": measure_time, "memory": measure_memory}[job["measure"]](run, *rows)
+    if job["measure"] == "memory":
+        return measure_memory(run, *rows)
+    return measure_time(run, *rows, at_least=job["turns_seconds"])
 
 
 def measure_time(
-    run: Callable[[Tensor, Tensor], dict[str, float]], embeddings: Tensor, labels: Tensor
+    run: Callable[[Tensor, Tensor], dict[str, float]],
+    embeddings: Tensor,
+    labels: Tensor,
+    at_least: float,
 ) -> Row:
     products: list[float] = []
     times: list[float] = []
-    while len(times) < 2 or sum(times) + sum(products) < _SECONDS:
+    while len(times) < 2 or sum(times) + sum(products) < at_least:
         products.append(seconds_of(lambda: product(embeddings)))
         times.append(seconds_of(lambda: run(embeddings, labels)))
-        if times[0] > _SECONDS:
+        if times[0] > at_least:
             break
     return {"seconds": min(times), "product_seconds": min(products)}
 
@@ -157,8 +96,8 @@ def measure_time(
 def product(embeddings: Tensor) -> None:
     import torch
 
-    out = torch.empty(_BLOCK, len(embeddings))
-    for block in embeddings.split(_BLOCK):
+    out = torch.empty(BLOCK, len(embeddings))
+    for block in embeddings.split(BLOCK):
         torch.mm(block, embeddings.T, out=out[: len(block)])
 
 
@@ -181,49 +120,52 @@ def measure_memory(
 def run_all(arguments: Any) -> list[Row]:
     limits = _bench.Limits(arguments.memory_gib, arguments.seconds)
     environment = {"OMP_NUM_THREADS": str(arguments.threads)}
-    shared = {name: getattr(arguments, name) for name in ("classes", "width", "threads")}
+    shared = {
+        name: getattr(arguments, name) for name in ("classes", "width", "threads", "turns_seconds")
+    }
     return [
         _bench.run_worker(
             __file__,
-            {"contender": name, "rows": rows, "measure": what} | shared,
+            {"contender": name, "size": size, "rows": getattr(arguments, size), "measure": what}
+            | shared,
             limits,
             environment,
         )
         for name in arguments.only
-        for rows in CONTENDERS[name][1]
-        if rows in arguments.rows
+        for size in CONTENDERS[name][1]
+        if size in arguments.sizes
         for what in ("time", "memory")
     ]
 
 
 class Results:
-    """The rows by contender, number of embeddings and what was measured."""
+    """The rows by contender, size and what was measured."""
 
     def __init__(self, rows: list[Row]) -> None:
-        self._rows = {(row["contender"], row["rows"], row["measure"]): row for row in rows}
+        self._rows = {(row["contender"], row["size"], row["measure"]): row for row in rows}
 
-    def get(self, contender: str, rows: int, key: str) -> float | None:
+    def get(self, contender: str, size: str, key: str) -> float | None:
         what = "memory" if key.endswith("_bytes") else "time"
-        return self._rows.get((contender, rows, what), {}).get(key)
+        return self._rows.get((contender, size, what), {}).get(key)
 
-    def times_product(self, contender: str, rows: int) -> float | None:
-        seconds = self.get(contender, rows, "seconds")
-        return _bench.ratio(seconds, self.get(contender, rows, "product_seconds"))
+    def times_product(self, contender: str, size: str) -> float | None:
+        seconds = self.get(contender, size, "seconds")
+        return _bench.ratio(seconds, self.get(contender, size, "product_seconds"))
 
-    def difference(self, one: str, other: str, rows: int) -> float | None:
-        """Largest difference of the figures of two contenders."""
+    def difference(self, one: str, other: str, size: str) -> float | None:
+        """Largest difference of the metrics of two contenders."""
         mine, theirs = (
-            self._rows.get((name, rows, "memory"), {}).get("values") for name in (one, other)
+            self._rows.get((name, size, "memory"), {}).get("values") for name in (one, other)
         )
         if not mine or not theirs:
             return None
         return max(abs(mine[name] - theirs[name]) for name in mine)
 
-    def outcome(self, contender: str, rows: int) -> str:
-        return self._rows.get((contender, rows, "time"), {}).get("outcome", "")
+    def outcome(self, contender: str, size: str) -> str:
+        return self._rows.get((contender, size, "time"), {}).get("outcome", "")
 
 
-def report(results: Results, rows: list[int]) -> str:
+def report(results: Results, arguments: Any) -> str:
     headers = ["contender", "N", "seconds", "x product", "peak MiB", "of it own"]
     mebibyte = 2.0**20
     return _bench.table(
@@ -231,17 +173,17 @@ def report(results: Results, rows: list[int]) -> str:
         [
             [
                 name,
-                str(count),
-                _bench.number(results.get(name, count, "seconds")) or results.outcome(name, count),
-                _bench.number(results.times_product(name, count)),
+                f"{getattr(arguments, size):,}",
+                _bench.number(results.get(name, size, "seconds")) or results.outcome(name, size),
+                _bench.number(results.times_product(name, size)),
                 *(
-                    _bench.number(_bench.ratio(results.get(name, count, key), mebibyte))
+                    _bench.number(_bench.ratio(results.get(name, size, key), mebibyte))
                     for key in ("peak_bytes", "own_bytes")
                 ),
             ]
             for name, (_, sizes) in CONTENDERS.items()
-            for count in sizes
-            if count in rows
+            for size in sizes
+            if size in arguments.sizes
         ],
     )
 
@@ -249,40 +191,40 @@ def report(results: Results, rows: list[int]) -> str:
 def criteria_of(results: Results) -> list[Criterion]:
     """What issue 5 asks for."""
 
-    def gain(key: str, one: str, other: str, rows: int) -> float | None:
-        return _bench.ratio(results.get(other, rows, key), results.get(one, rows, key))
+    def gain(key: str, one: str, other: str, size: str) -> float | None:
+        return _bench.ratio(results.get(other, size, key), results.get(one, size, key))
 
     return [
         Criterion(
-            "figures, N = 10000: PML takes x",
+            "metrics, small: PML takes x",
             20,
-            gain("seconds", FIGURES, PML, SMALL),
+            gain("seconds", METRICS, PML, SMALL),
             at_least=True,
         ),
         Criterion(
-            "figures, N = 10000: PML's memory x",
+            "metrics, small: PML's memory x",
             10,
-            gain("own_bytes", FIGURES, PML, SMALL),
+            gain("own_bytes", METRICS, PML, SMALL),
             at_least=True,
         ),
         Criterion(
-            "figures, N = 10000: difference from PML", 1e-6, results.difference(FIGURES, PML, SMALL)
+            "metrics, small: difference from PML", 1e-6, results.difference(METRICS, PML, SMALL)
         ),
         Criterion(
-            "evaluate_embeddings, N = 10000: x product", 6, results.times_product(EVALUATE, SMALL)
+            "evaluate_embeddings, small: x product", 6, results.times_product(EVALUATE, SMALL)
         ),
         Criterion(
-            "evaluate_embeddings, N = 50000: GB of memory",
+            "evaluate_embeddings, large: GB of memory",
             2,
             _bench.ratio(results.get(EVALUATE, LARGE, "peak_bytes"), 1e9),
         ),
         Criterion(
-            "nearest_neighbors, N = 50000: x product",
+            "nearest_neighbors, large: x product",
             1.35,
             results.times_product(NEIGHBORS, LARGE),
         ),
         Criterion(
-            "nearest_neighbors, N = 50000: semantic_search takes x",
+            "nearest_neighbors, large: semantic_search takes x",
             1,
             gain("seconds", NEIGHBORS, SEMANTIC, LARGE),
             at_least=True,
@@ -292,7 +234,12 @@ def criteria_of(results: Results) -> list[Criterion]:
 
 def main() -> int:
     parser = _bench.parser_for(__file__, __doc__)
-    parser.add_argument("--rows", type=int, nargs="+", default=[SMALL, LARGE], help="N")
+    parser.add_argument("--sizes", nargs="+", default=[SMALL, LARGE], choices=[SMALL, LARGE])
+    parser.add_argument("--small", type=int, default=10_000, help="N of all contenders")
+    parser.add_argument("--large", type=int, default=50_000, help="N of those who can")
+    parser.add_argument(
+        "--turns-seconds", type=float, default=20, help="at least two turns, and more within this"
+    )
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--width", type=int, default=512, help="D")
     parser.add_argument("--threads", type=int, default=2)
@@ -303,7 +250,7 @@ def main() -> int:
         return 0
     rows = run_all(arguments)
     results = Results(rows)
-    print(report(results, arguments.rows))
+    print(report(results, arguments))
     return _bench.finish(arguments, rows, criteria_of(results))
 
 

@@ -1,6 +1,7 @@
 """Time per index of the samplers against peers, and their memory with ten million labels.
 
     pip install -e ".[bench]"
+    pip install open-metric-learning omegaconf && pip install "numpy>=2"  # for OML's row
     python tests/benchmarks/samplers.py            # all rows
     python tests/benchmarks/samplers.py --check    # and exit with 1 if a criterion fails
     python tests/benchmarks/samplers.py --labels 20000 --many 50000 --json /tmp/samplers.json
@@ -20,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import _bench
 from _bench import Criterion, Row
+from contenders import oml, ours, pml, sbert
+from contenders.task import Factory
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,103 +30,18 @@ if TYPE_CHECKING:
 
     Labels = npt.NDArray[np.int64]
 
-PAIRS, CLASSES_PER_BATCH, PER_CLASS = 64, 32, 4
-BATCH = CLASSES_PER_BATCH * PER_CLASS
 M_PER_CLASS = "PML MPerClassSampler"
 BALANCE = "OML BalanceSampler"
 GROUP_BY_LABEL = "sentence-transformers GroupByLabel"
 OURS = ("PairSampler", "PairSampler, class_balanced", "ClassBalancedSampler")
-_SECONDS = 1.0
-
-# Makes the sampler of some labels; each call of the result is a pass that counts its indices.
-Passes = Callable[[], int]
-Factory = Callable[["Labels"], Passes]
-
-
-def _count(batches: Any) -> int:
-    return sum(map(len, batches))
-
-
-def _pair_sampler(class_balanced: bool = False) -> Factory:
-    from pairclip import PairSampler
-
-    def make(labels: Labels) -> Passes:
-        sampler = PairSampler(labels, PAIRS, class_balanced=class_balanced)
-        return lambda: _count(sampler)
-
-    return make
-
-
-def _class_balanced_sampler() -> Factory:
-    from pairclip import ClassBalancedSampler
-
-    def make(labels: Labels) -> Passes:
-        sampler = ClassBalancedSampler(labels, CLASSES_PER_BATCH, PER_CLASS)
-        return lambda: _count(sampler)
-
-    return make
-
-
-def _m_per_class() -> Factory:
-    from pytorch_metric_learning.samplers import MPerClassSampler
-
-    def make(labels: Labels) -> Passes:
-        # A pass as long as the data set; it yields single indices, no batches.
-        sampler = MPerClassSampler(labels, PER_CLASS, BATCH, length_before_new_iter=len(labels))
-        return lambda: len(list(sampler))
-
-    return make
-
-
-def _balance() -> Factory:
-    from oml.samplers import BalanceSampler
-
-    def make(labels: Labels) -> Passes:
-        sampler = BalanceSampler(labels.tolist(), CLASSES_PER_BATCH, PER_CLASS)
-        return lambda: _count(sampler)
-
-    return make
-
-
-class _LabelColumn:
-    """As much of a `datasets.Dataset` as the sampler asks for."""
-
-    column_names = ("label",)
-
-    def __init__(self, labels: list[int]) -> None:
-        self._labels = labels
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def __getitem__(self, column: str) -> list[int]:
-        return self._labels
-
-
-def _group_by_label() -> Factory:
-    import torch
-    from sentence_transformers.base.sampler import GroupByLabelBatchSampler
-
-    def make(labels: Labels) -> Passes:
-        sampler = GroupByLabelBatchSampler(
-            _LabelColumn(labels.tolist()),
-            batch_size=BATCH,
-            drop_last=False,
-            valid_label_columns=["label"],
-            generator=torch.Generator(),
-        )
-        return lambda: _count(sampler)
-
-    return make
-
 
 FACTORIES: dict[str, Callable[[], Factory]] = {
-    OURS[0]: _pair_sampler,
-    OURS[1]: lambda: _pair_sampler(class_balanced=True),
-    OURS[2]: _class_balanced_sampler,
-    M_PER_CLASS: _m_per_class,
-    BALANCE: _balance,
-    GROUP_BY_LABEL: _group_by_label,
+    OURS[0]: ours.pair_sampler,
+    OURS[1]: lambda: ours.pair_sampler(class_balanced=True),
+    OURS[2]: ours.class_balanced_sampler,
+    M_PER_CLASS: pml.m_per_class,
+    BALANCE: oml.balance,
+    GROUP_BY_LABEL: sbert.group_by_label,
 }
 PEERS = tuple(name for name in FACTORIES if name not in OURS)
 
@@ -145,7 +63,7 @@ def measure(job: Row) -> Row:
     one_pass = factory(labels)
     set_up = time.perf_counter() - start
     indices, seconds = 0, 0.0
-    while seconds < _SECONDS:
+    while seconds < job["pass_seconds"]:
         start = time.perf_counter()
         indices += one_pass()
         seconds += time.perf_counter() - start
@@ -163,10 +81,9 @@ def run_all(arguments: Any) -> list[Row]:
     limits = _bench.Limits(arguments.memory_gib, arguments.seconds)
     jobs = [(name, arguments.labels) for name in FACTORIES]
     jobs += [(name, arguments.many) for name in OURS]
+    shared = {"classes": arguments.classes, "pass_seconds": arguments.pass_seconds}
     return [
-        _bench.run_worker(
-            __file__, {"sampler": name, "labels": count, "classes": arguments.classes}, limits
-        )
+        _bench.run_worker(__file__, {"sampler": name, "labels": count} | shared, limits)
         for name, count in jobs
     ]
 
@@ -233,6 +150,7 @@ def main() -> int:
     parser.add_argument("--labels", type=int, default=1_000_000, help="labels for all samplers")
     parser.add_argument("--many", type=int, default=10_000_000, help="labels for pairclip's alone")
     parser.add_argument("--classes", type=int, default=1000)
+    parser.add_argument("--pass-seconds", type=float, default=1, help="of passes at least")
     arguments = parser.parse_args()
     if arguments.worker:
         _bench.serve(arguments.worker, measure)

@@ -1,0 +1,98 @@
+"""pairclip."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from contenders.task import (
+    CLASSES_PER_BATCH,
+    CLIP,
+    MARGIN,
+    NEAREST,
+    PAIRS,
+    PER_CLASS,
+    RATE,
+    Factory,
+    Passes,
+    Work,
+    count_of,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def loss(form: str) -> Callable[[Tensor, Tensor], Tensor]:
+    from pairclip import AllPairsCosineLoss
+
+    return AllPairsCosineLoss(negatives=form, margin=MARGIN if form == "hinge" else 0.0)
+
+
+def pair_sampler(class_balanced: bool = False) -> Factory:
+    from pairclip import PairSampler
+
+    def make(labels: Any) -> Passes:
+        sampler = PairSampler(labels, PAIRS, class_balanced=class_balanced)
+        return lambda: count_of(sampler)
+
+    return make
+
+
+def class_balanced_sampler() -> Factory:
+    from pairclip import ClassBalancedSampler
+
+    def make(labels: Any) -> Passes:
+        sampler = ClassBalancedSampler(labels, CLASSES_PER_BATCH, PER_CLASS)
+        return lambda: count_of(sampler)
+
+    return make
+
+
+def train(work: Work) -> None:
+    from pairclip import Callback, Finetuner
+
+    class Clock(Callback):
+        def on_step(self, fit: Any) -> None:
+            work.tick()
+
+    finetuner = Finetuner(
+        work.tower,
+        work.loss,
+        learning_rate=RATE,
+        schedule="constant",
+        warmup_ratio=0.0,
+        max_grad_norm=CLIP,
+        callbacks=[Clock()],
+    )
+    finetuner.fit((work.images, work.labels), sampler=work.batches)
+
+
+def evaluate(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
+    from pairclip.evaluation import evaluate_embeddings
+
+    found = evaluate_embeddings(embeddings, labels).to_dict()
+    return {name: found[name] for name in ("recall_at_1", "mean_average_precision")}
+
+
+def metrics(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
+    from pairclip import retrieval_figures
+
+    return retrieval_figures(embeddings, labels, ("precision_at_1", "r_precision", "map_at_r"))
+
+
+def three_functions(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
+    from pairclip.retrieval import map_at_r, precision_at_k, r_precision
+
+    return {
+        "precision_at_1": precision_at_k(embeddings, labels, k=1),
+        "r_precision": r_precision(embeddings, labels),
+        "map_at_r": map_at_r(embeddings, labels),
+    }
+
+
+def neighbors(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
+    from pairclip.similarity import nearest_neighbors
+
+    scores, _ = nearest_neighbors(embeddings, k=NEAREST)
+    return {"mean_score": float(scores.mean())}

@@ -1,0 +1,100 @@
+"""pytorch-metric-learning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from contenders.task import (
+    BATCH,
+    BLOCK,
+    CLIP,
+    MARGIN,
+    PER_CLASS,
+    Factory,
+    Passes,
+    Work,
+    adamw,
+    dataset_of,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def loss(form: str, **options: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    from pytorch_metric_learning.distances import CosineSimilarity
+    from pytorch_metric_learning.losses import ContrastiveLoss
+
+    return ContrastiveLoss(
+        pos_margin=1,
+        neg_margin=MARGIN if form == "hinge" else -1,
+        distance=CosineSimilarity(),
+        **options,
+    )
+
+
+def loss_of_sums(form: str) -> Callable[[Tensor, Tensor], Tensor]:
+    from pytorch_metric_learning.reducers import SumReducer
+
+    return loss(form, reducer=SumReducer())
+
+
+def m_per_class() -> Factory:
+    from pytorch_metric_learning.samplers import MPerClassSampler
+
+    def make(labels: Any) -> Passes:
+        # A pass as long as the data set; it yields single indices, no batches.
+        sampler = MPerClassSampler(labels, PER_CLASS, BATCH, length_before_new_iter=len(labels))
+        return lambda: len(list(sampler))
+
+    return make
+
+
+def train(work: Work) -> None:
+    import torch
+    from pytorch_metric_learning.trainers import MetricLossOnly
+    from torch.utils.data import BatchSampler
+
+    class Batches(BatchSampler):
+        def __init__(self) -> None: ...
+
+        def __iter__(self) -> Iterator[list[int]]:
+            return iter(work.batches)
+
+        def __len__(self) -> int:
+            return len(work.batches)
+
+    class Loss(torch.nn.Module):
+        def forward(self, embeddings: Any, labels: Any, pairs: Any) -> Any:
+            return work.loss(embeddings, labels)
+
+    trainer = MetricLossOnly(
+        models={"trunk": work.module},
+        optimizers={"trunk_optimizer": adamw(work.module)},
+        batch_size=len(work.batches[0]),
+        loss_funcs={"metric_loss": Loss()},
+        dataset=dataset_of(work),
+        sampler=Batches(),
+        gradient_clippers={
+            "trunk_grad_clipper": lambda: torch.nn.utils.clip_grad_norm_(
+                work.module.parameters(), CLIP
+            )
+        },
+        dataloader_num_workers=0,
+        end_of_iteration_hook=lambda trainer: work.tick(),
+    )
+    trainer.train(num_epochs=1)
+
+
+def metrics(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
+    from pytorch_metric_learning.distances import CosineSimilarity
+    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+    from pytorch_metric_learning.utils.inference import CustomKNN
+
+    names = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
+    search = CustomKNN(CosineSimilarity(), batch_size=BLOCK)
+    found = AccuracyCalculator(include=names, knn_func=search).get_accuracy(embeddings, labels)
+    return dict(
+        zip(("precision_at_1", "r_precision", "map_at_r"), map(found.get, names), strict=True)
+    )

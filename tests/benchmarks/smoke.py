@@ -1,0 +1,54 @@
+"""Run every benchmark at a tiny size, so that none rots: what is measured here says nothing.
+
+    python tests/benchmarks/smoke.py            # all
+    python tests/benchmarks/smoke.py losses     # one
+
+A peer that isn't installed is a row that says so. Ends with 1 if a benchmark fails.
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+# Benchmarks that are for another machine, or run in the tests already.
+LEFT_OUT = {"smoke"}
+TINY = {
+    "finetuner": "--only tiny --rounds 1 --batch 8 --contenders pairclip bare",
+    "index": "--rows 2000 --width 16 --queries 2 --folder {folder}",
+    "losses": "--batches 32 --classes 4 --width 8 --memory-from 32 --only 'pairclip squared' "
+    "'PML hinge' 'plain linear' F.normalize",
+    "quality": "",
+    "resume": "--runs 1 --kills 1",
+    "retrieval": "--sizes small --small 200 --width 8 --turns-seconds 0 --only 'pairclip metrics' "
+    "'PML metrics'",
+    "samplers": "--labels 4000 --many 8000 --pass-seconds 0.01",
+}
+
+
+def main(names: list[str]) -> int:
+    scripts = {path.stem: path for path in sorted(HERE.glob("[!_]*.py"))}
+    wanted = names or sorted(scripts.keys() - LEFT_OUT)
+    failed = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in wanted:
+            start = time.monotonic()
+            arguments = shlex.split(TINY[name].format(folder=folder))
+            command = [sys.executable, str(scripts[name]), *arguments]
+            if "_bench.parser_for" in scripts[name].read_text():
+                command += ["--json", f"{folder}/{name}.json"]
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+            print(f"{name}: exit {done.returncode}, {time.monotonic() - start:.0f} s", flush=True)
+            if done.returncode:
+                failed.append(name)
+                print(done.stdout[-2000:], done.stderr[-4000:], sep="\n")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
