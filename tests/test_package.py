@@ -33,22 +33,13 @@ ORDER = [
 ]
 # Private modules belong to the room that uses them first.
 PRIVATE = {
-    "_all_figures": "retrieval",
     "_batches": "finetuner",
-    "_blocks": "retrieval",
-    "_bootstrap": "evaluation",
-    "_class_order": "plots",
     "_epochs": "samplers",
     "_exact_step": "finetuner",
-    "_figures": "evaluation",
     "_index_files": "index",
     "_interrupts": "finetuner",
     "_loop": "finetuner",
     "_packing": "checkpoints",
-    "_pairs": "retrieval",
-    "_pictured": "plots",
-    "_ranking": "retrieval",
-    "_results": "evaluation",
     "_run": "finetuner",
     "_saving": "finetuner",
 }
