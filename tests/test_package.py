@@ -34,7 +34,6 @@ ORDER = [
 # Private modules belong to the room that uses them first.
 PRIVATE = {
     "_batches": "finetuner",
-    "_epochs": "samplers",
     "_exact_step": "finetuner",
     "_index_files": "index",
     "_interrupts": "finetuner",

@@ -21,7 +21,6 @@ from pairclip._batches import (
     RunBatches,
     TrainingItems,
     check_sampler,
-    default_sampler,
 )
 from pairclip._exact_step import Loss
 from pairclip._interrupts import StopSignals, leave_stopping_to_main
@@ -37,6 +36,7 @@ from pairclip._saving import Saver, config_of, identity_of
 from pairclip.callbacks import Callback, FitState
 from pairclip.datasets import LabelledImages
 from pairclip.losses import CosinePairLoss
+from pairclip.samplers import default_sampler
 from pairclip.towers import VisionTower
 from pairclip.towers.base import tower_of
 
