@@ -35,15 +35,13 @@ ORDER = [
 PRIVATE = {
     "_batches": "finetuner",
     "_exact_step": "finetuner",
-    "_index_files": "index",
     "_interrupts": "finetuner",
     "_loop": "finetuner",
-    "_packing": "checkpoints",
     "_run": "finetuner",
     "_saving": "finetuner",
 }
 # The ground under all rooms; each file imports only from those before it.
-SHARED = ["_version", "_checks", "_vectors", "_randomness", "_files"]
+SHARED = ["_version", "_checks", "_vectors", "_randomness", "_tensors", "_files"]
 NUMERICAL = ("losses", "samplers", "similarity", "retrieval")
 
 

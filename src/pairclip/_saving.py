@@ -17,6 +17,7 @@ from torch.utils.data import Sampler
 
 from pairclip._batches import BatchSampler, ItemKey, TrainingItems
 from pairclip._run import Run
+from pairclip._tensors import bytes_of
 from pairclip.callbacks import Callback, FitState
 from pairclip.checkpoints import (
     Checkpoint,
@@ -27,7 +28,7 @@ from pairclip.checkpoints import (
     trained_tensors,
     write_checkpoint,
 )
-from pairclip.towers.base import bytes_of, tower_of
+from pairclip.towers.base import tower_of
 
 _SAMPLED_ITEMS = 8
 

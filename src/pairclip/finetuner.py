@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from pairclip import _checks
+from pairclip import _checks, _files
 from pairclip._batches import (
     BatchSampler,
     RunBatches,
@@ -75,8 +75,8 @@ class History:
         return asdict(self)
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Write `to_dict` to a JSON file; its folder must exist."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        """Write `to_dict` to a JSON file, whole or not at all; its folder must exist."""
+        _files.write_json(path, self.to_dict(), indent=1)
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> History:
