@@ -175,35 +175,6 @@ def check_steps(folder: Path, before: int) -> None:
         assert last_whole_step(folder) >= max(before, due), (before, taken)
 
 
-class QuickEvaluation:
-    """Stands in for `evaluate` where its figures don't matter, and costs little."""
-
-    def __init__(self, tower: Any, dataset: Any) -> None:
-        from torch.nn.functional import normalize
-
-        from pairclip import embed_images
-
-        rows, labels = normalize(embed_images(tower, dataset)).double(), dataset.labels
-        cosines = rows @ rows.T
-        same = labels[:, None] == labels
-        different = cosines[~same].mean().item()
-        same.fill_diagonal_(False)
-        gap = cosines[same].mean().item() - different
-        nearest = (cosines.fill_diagonal_(-2).argmax(dim=1)[:, None] == labels).double()
-        self.figures = {
-            "recall_at_1": nearest.mean().item(),
-            "recall_at_5": 1.0,
-            "mean_average_precision": (1 + gap) / 2,
-            "different_mean": different,
-            "gap": gap,
-            "num_images": len(labels),
-            "class_names": ["a", "b", "c"],
-        }
-
-
-# --- What runs in the other process ---------------------------------------------------------------
-
-
 def _images() -> tuple[Any, list[int]]:
     import numpy as np
 
@@ -353,8 +324,7 @@ def _fit(job: dict[str, Any], say: Callable[[str], None]) -> None:
                 file.write(f"{fit.step}\n")
             if fit.step == job["kill"].get("stalled"):
                 (folder / "stalled").touch()
-                for seconds in (0.5, 1.0):
-                    threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
+                threading.Thread(target=_interrupt_twice, args=[folder], daemon=True).start()
             if fit.step in signals:
                 number, group = signals[fit.step]
                 # From another process: workers of torch look at who sends it.
@@ -364,7 +334,7 @@ def _fit(job: dict[str, Any], say: Callable[[str], None]) -> None:
 
     dataset, eval_every = settings.pop("dataset"), settings.pop("eval_every")
     if "stalled" in job["kill"]:
-        dataset = _Stalling(dataset, folder / "stalled")
+        dataset = _Stalling(dataset, folder)
     settings["callbacks"] = [*settings.get("callbacks", ()), Watch()]
     arguments = {name: settings.pop(name) for name in ("sampler", "batch_size") if name in settings}
     # Nothing of a run may follow from what the program drew before it.
@@ -398,19 +368,41 @@ def _fit(job: dict[str, Any], say: Callable[[str], None]) -> None:
 
 
 class _Stalling:
-    """A dataset that workers wait for once a file is there, as for a disk in the network."""
+    """A dataset that a worker waits for once a file is there, as for a disk in the network."""
 
-    def __init__(self, dataset: Any, stalled: Path) -> None:
-        self.dataset, self.stalled, self.process = dataset, stalled, os.getpid()
+    def __init__(self, dataset: Any, folder: Path) -> None:
+        self.dataset, self.folder, self.process = dataset, folder, os.getpid()
         self.targets, self.classes = dataset.targets, dataset.classes
+        self.given = 0
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        if os.getpid() != self.process and self.stalled.exists():
-            time.sleep(20)
+        if os.getpid() != self.process:
+            if (self.folder / "stalled").exists():
+                (self.folder / "batches").write_text("batch\n" * (self.given // 12))
+                time.sleep(100)
+            self.given += 1
         return self.dataset[index]
+
+
+def count_lines(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+def _interrupt_twice(folder: Path) -> None:
+    """Ctrl-C, and again, once the main thread has taken all batches and waits for the next."""
+    main, steps, batches = threading.main_thread().ident, folder / "steps", folder / "batches"
+    waits = False
+    while not (waits and batches.exists() and count_lines(batches) == count_lines(steps)):
+        time.sleep(0.05)
+        frame, waits = sys._current_frames()[main], False
+        while frame is not None:
+            waits, frame = waits or frame.f_code.co_name == "_try_get_data", frame.f_back
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)
 
 
 class _Operations:
@@ -437,19 +429,19 @@ class _Operations:
 
 def _tear_file(number: int) -> None:
     """SIGKILL this process in the middle of a tensor file."""
-    from pairclip.checkpoints import writing
+    import safetensors.torch
 
-    write_tensors = writing.write_tensors
+    serialize_file = safetensors.torch.serialize_file
 
-    def torn(file: Any, tensors: Any) -> None:
+    def torn(tensors: Any, path: Path, **options: Any) -> None:
         nonlocal number
-        write_tensors(file, tensors)
+        serialize_file(tensors, path, **options)
         number -= 1
         if number < 0:
-            file.truncate(file.tell() // 2)
+            os.truncate(path, os.stat(path).st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    writing.write_tensors = torn
+    safetensors.torch.serialize_file = torn
 
 
 def _serve() -> None:

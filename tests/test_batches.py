@@ -19,10 +19,11 @@ from torch.utils.data import (
 )
 from transformers import CLIPImageProcessor
 
-from pairclip import ClassBalancedSampler, PairSampler, _batches
-from pairclip._batches import ItemKey, RunBatches, TrainingItems
+from pairclip import ClassBalancedSampler, PairSampler
 from pairclip._randomness import random_state_kept
 from pairclip.datasets import LabelledImages
+from pairclip.finetuner import batches
+from pairclip.finetuner.batches import ItemKey, RunBatches, TrainingItems
 from pairclip.towers.base import Preprocess
 
 LABELS = [number % 3 for number in range(24)]
@@ -360,7 +361,7 @@ def test_items_are_seeded_where_anything_may_draw(kind: str, monkeypatch) -> Non
     processor = CLIPImageProcessor(size={"shortest_edge": 4}, crop_size={"height": 4, "width": 4})
     preprocess = Preprocess(noisy if kind == "transform" else processor)
     seeded: list[Any] = []
-    monkeypatch.setattr(_batches, "seed_all", lambda *what: seeded.append(what))
+    monkeypatch.setattr(batches, "seed_all", lambda *what: seeded.append(what))
     loaded = TrainingItems(LabelledImages(data), preprocess, seed=0)
     assert len(loaded.__getitems__([ItemKey(0, 0, 5), ItemKey(0, 1, 20)])) == 2
     assert len(seeded) == (0 if kind in ("array", "joined") else 2)

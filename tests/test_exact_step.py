@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from pairclip import AllPairsCosineLoss, Callback, CosinePairLoss, Finetuner
-from pairclip._exact_step import backward
+from pairclip.finetuner.exact_gradient import backward
 
 SQUARED = AllPairsCosineLoss(negatives="squared", positive_fraction=0.3)
 

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from pytorch_metric_learning import losses as pml
-from torch import nn
+from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.data import BatchSampler, SequentialSampler
 
@@ -28,15 +28,16 @@ from pairclip import (
     History,
     PairSampler,
     VisionTower,
-    _run,
     all_pairs_cosine_loss,
     cosine_pair_loss,
     embedding,
     evaluate,
     load_tower,
+    on_pairs,
 )
 from pairclip.callbacks import FitState
 from pairclip.embedding import pixel_batches
+from pairclip.finetuner import accelerators
 
 SQUARED = AllPairsCosineLoss(negatives="squared", positive_fraction=0.5)
 
@@ -413,7 +414,7 @@ def test_a_batch_norm_without_parameters_is_not_told_to_freeze_them(images) -> N
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_auto_is_bfloat16_only_where_the_device_of_the_fit_has_it(monkeypatch, device) -> None:
     state = SimpleNamespace(device=torch.device(device))
-    monkeypatch.setattr(_run, "PartialState", lambda cpu: state)
+    monkeypatch.setattr(accelerators, "PartialState", lambda cpu: state)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     # A GPU that emulates bfloat16, or one that has it beside a fit on the CPU.
     monkeypatch.setattr(
@@ -421,11 +422,11 @@ def test_auto_is_bfloat16_only_where_the_device_of_the_fit_has_it(monkeypatch, d
         "is_bf16_supported",
         lambda including_emulation=True: device == "cpu" or including_emulation,
     )
-    monkeypatch.setattr(_run, "Accelerator", lambda mixed_precision: mixed_precision)
-    assert _run.new_accelerator("auto") == "no"
+    monkeypatch.setattr(accelerators, "Accelerator", lambda mixed_precision: mixed_precision)
+    assert accelerators.new_accelerator("auto") == "no"
     if device == "cpu":
         with pytest.raises(ValueError, match="`precision` 'fp16' needs a GPU, got the CPU"):
-            _run.new_accelerator("fp16")
+            accelerators.new_accelerator("fp16")
 
 
 def test_a_mac_is_told_to_use_the_cpu(tower, images, monkeypatch) -> None:
@@ -549,6 +550,43 @@ def test_a_pair_loss_refuses_other_batches(tower, images) -> None:
     sampler = ClassBalancedSampler(images[1], 3, 4)
     with pytest.raises(ValueError, match="takes the pairs of a `PairSampler`, got ClassBalanced"):
         Finetuner(tower, CosinePairLoss()).fit(images, sampler=sampler)
+
+
+def test_a_pair_loss_of_ones_own_takes_the_pairs_of_a_sampler(tower, images) -> None:
+    own, theirs = copy.deepcopy(tower), tower
+
+    def half(a: Tensor, b: Tensor, same: Tensor) -> Tensor:
+        return cosine_pair_loss(a, b, same) / 2
+
+    for sampler in (None, PairSampler(images[1], 8, seed=3)):
+        losses = []
+        for of, loss in ((own, on_pairs(half)), (theirs, CosinePairLoss())):
+            size = {} if sampler else {"batch_size": 16}
+            history = Finetuner(of, loss).fit(images, sampler=sampler, max_steps=1, **size)
+            losses.append(history.steps[0]["loss"])
+        assert losses[0] == pytest.approx(losses[1] / 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"evaluate": {}}, TypeError, "`evaluate` must be a callable that takes the tower, got"),
+        ({"evaluate": dict, "eval_dataset": 3}, ValueError, "`eval_dataset` would be ignored"),
+        ({"evaluate": dict, "eval_every": 0}, ValueError, "`eval_every` must be at least 1"),
+        ({"eval_every": 2}, ValueError, "`eval_every` 2 would be ignored: there is no `eval_data"),
+    ],
+)
+def test_wrong_evaluations_are_errors(tower, images, arguments, error, message: str) -> None:
+    with pytest.raises(error, match=message):
+        Finetuner(tower, SQUARED).fit(images, **arguments)
+
+
+def test_settings_can_be_read_and_not_set(tower) -> None:
+    finetuner = Finetuner(tower, SQUARED, learning_rate=0.5, schedule="linear", seed=np.int64(3))
+    assert (finetuner.learning_rate, finetuner.schedule, finetuner.seed) == (0.5, "linear", 3)
+    assert finetuner.max_grad_norm == finetuner.settings.max_grad_norm == 1.0
+    with pytest.raises(AttributeError):
+        finetuner.learning_rate = 0.1
 
 
 def test_one_class_alone_can_form_no_batch(tower, images) -> None:

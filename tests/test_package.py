@@ -24,6 +24,7 @@ ORDER = [
     "embedding",
     "features",
     "evaluation",
+    "history",
     "checkpoints",
     "callbacks",
     "finetuner",
@@ -33,15 +34,21 @@ ORDER = [
 ]
 # Private modules belong to the room that uses them first.
 PRIVATE = {
-    "_batches": "finetuner",
-    "_exact_step": "finetuner",
-    "_interrupts": "finetuner",
-    "_loop": "finetuner",
-    "_run": "finetuner",
-    "_saving": "finetuner",
+    "_all_figures": "retrieval",
+    "_blocks": "retrieval",
+    "_bootstrap": "evaluation",
+    "_class_order": "plots",
+    "_epochs": "samplers",
+    "_figures": "evaluation",
+    "_index_files": "index",
+    "_packing": "checkpoints",
+    "_pairs": "retrieval",
+    "_pictured": "plots",
+    "_ranking": "retrieval",
+    "_results": "evaluation",
 }
 # The ground under all rooms; each file imports only from those before it.
-SHARED = ["_version", "_checks", "_vectors", "_randomness", "_tensors", "_files"]
+SHARED = ["_version", "_checks", "_vectors", "_randomness", "_files"]
 NUMERICAL = ("losses", "samplers", "similarity", "retrieval")
 
 

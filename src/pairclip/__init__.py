@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     )
     from pairclip.finetuner import (
         Finetuner as Finetuner,
+    )
+    from pairclip.history import (
         History as History,
     )
     from pairclip.index import (
@@ -121,6 +123,7 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
     "embedding": ("embed_images",),
     "features": ("CachedFeatures", "cache_features"),
     "evaluation": ("Evaluation", "evaluate", "evaluate_embeddings"),
+    "history": ("History",),
     "checkpoints": ("Checkpoint", "best_checkpoint", "newest_checkpoint"),
     "callbacks": (
         "Callback",
@@ -130,7 +133,7 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
         "Tracker",
         "WeightAverage",
     ),
-    "finetuner": ("Finetuner", "History"),
+    "finetuner": ("Finetuner",),
     "index": ("ImageIndex", "Match"),
     "plots": (
         "plot_class_similarity",

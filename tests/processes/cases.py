@@ -18,7 +18,8 @@ from torch import Tensor, distributed, nn
 from torch.futures import Future
 from torch.utils.data import BatchSampler, RandomSampler
 
-from pairclip import Callback, CollapseMonitor, Finetuner, WeightAverage, _run
+from pairclip import Callback, CollapseMonitor, Finetuner, WeightAverage
+from pairclip.finetuner import accelerators
 
 
 def gradients(micro: list[int | None], ten_steps_with: int | None) -> dict[str, Any]:
@@ -328,7 +329,7 @@ def reductions(micro: int | None) -> int:
             super().__init__(*args, **kwargs, bucket_cap_mb=1000)
             self.register_comm_hook(None, hook)
 
-    _run.DistributedDataParallel = Counting  # in this process, which ends after the case
+    accelerators.DistributedDataParallel = Counting  # in this process, which ends after the case
     small.fit(
         small.new_tower(),
         small.new_loss("squared"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+
+from pairclip.history import History
 
 
 @dataclass
@@ -21,16 +24,14 @@ class FitState:
         num_steps: Steps that the fit will take.
         evaluates: Whether there is an `eval_dataset`.
         config: What the fit was asked for, as plain values.
+        history: What happened so far; `steps`, `evaluations` and `stop_reason` are its own.
         step: Steps done.
-        steps: One record per step, as in `History.steps`.
-        evaluations: One record per evaluation, as in `History.evaluations`.
         embeddings: Of the whole last batch, detached, float32 ``[B, D]``.
         labels: Its class ids, int64 ``[B]``.
         gradient: Of the loss with respect to `embeddings`, ``[B, D]``; in float16 times the
             scaler's factor.
         averages: Set by a callback, one tensor for each of `parameters`: these are evaluated
             instead of them, and are what the tower is left with.
-        stop_reason: Why the fit is to end after this step, or None.
     """
 
     tower: nn.Module
@@ -39,18 +40,31 @@ class FitState:
     num_steps: int
     evaluates: bool
     config: dict[str, Any]
+    history: History = field(default_factory=History)
     step: int = 0
-    steps: list[dict[str, float | None]] = field(default_factory=list)
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
     embeddings: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     labels: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     gradient: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     averages: list[Tensor] | None = None
-    stop_reason: str | None = None
+
+    @property
+    def steps(self) -> list[dict[str, float | None]]:
+        """One record per step, as in `History.steps`."""
+        return self.history.steps
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """One record per evaluation, as in `History.evaluations`."""
+        return self.history.evaluations
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why the fit is to end after this step, or None."""
+        return self.history.stop_reason
 
     def stop(self, reason: str) -> None:
         """Let the fit end after this step, evaluated and with a checkpoint."""
-        self.stop_reason = reason
+        self.history.stop_reason = reason
 
 
 @runtime_checkable
@@ -91,3 +105,17 @@ class Callback(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what `state_dict` gave."""
+
+
+def check_callbacks(callbacks: Iterable[Callback]) -> list[Callback]:
+    """The callbacks as a list, or a TypeError if one is none."""
+    if isinstance(callbacks, Callback):
+        raise TypeError(f"`callbacks` must be a list, got {callbacks!r}. Put it into one.")
+    callbacks = list(callbacks)
+    for callback in callbacks:
+        if not isinstance(callback, Callback) or isinstance(callback, type):
+            raise TypeError(
+                f"`callbacks` must have the methods of `pairclip.Callback`, got {callback!r}. "
+                "Inherit from it to have them."
+            )
+    return callbacks

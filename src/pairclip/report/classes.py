@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from pairclip._class_order import similarity_order
+from pairclip._figures import QUERY_TITLES, shown, signed
 from pairclip.evaluation import Evaluation
-from pairclip.evaluation.showing import similarity_order
-from pairclip.evaluation.wording import as_text, signed
 from pairclip.report.colors import heat_class
 from pairclip.report.html import Html, element, scrolling
-from pairclip.retrieval import METRICS
 
 _MOST_CLASSES = 40
 _MOST_VALUES = 12
@@ -68,7 +67,7 @@ def class_table(before: Evaluation | None, after: Evaluation) -> Html:
             "tr",
             element("td", colspan=2),
             *(
-                element("th", METRICS[key].title, scope="colgroup", colspan=len(parts))
+                element("th", QUERY_TITLES[key], scope="colgroup", colspan=len(parts))
                 for key in _PER_CLASS
             ),
         ),
@@ -105,9 +104,9 @@ def _class_metrics(
 ) -> tuple[str, ...]:
     now = float(after.per_class[key][place])
     if before is None:
-        return (as_text(now),)
+        return (shown(now),)
     was = float(before.per_class[key][place])
-    return as_text(was), as_text(now), signed(now - was)
+    return shown(was), shown(now), signed(now - was)
 
 
 def _classes_to_show(evaluations: list[Evaluation]) -> npt.NDArray[np.int64]:
@@ -177,7 +176,7 @@ def _confused(when: str, evaluation: Evaluation, shown_evaluations: dict[str, Ev
             *(
                 element(
                     "td",
-                    as_text(float(each.class_similarity[place_of[one], place_of[other]])),
+                    shown(float(each.class_similarity[place_of[one], place_of[other]])),
                     class_="number",
                 )
                 for each in shown_evaluations.values()

@@ -1,0 +1,167 @@
+"""Similarities of labelled items and queries, in blocks whose size changes no value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from pairclip import _checks
+from pairclip._vectors import unit_rows
+
+T = TypeVar("T")
+
+# Similarities that are looked at in one block, and the most queries in it.
+_BLOCK_CELLS = 1 << 23
+_BLOCK_ROWS = 256
+# Blocks that are looked at at once, each of which takes up to about 150 MB.
+_MOST_WORKERS = 16
+# Products of few rows or of a ragged last piece are added up in another order, and then equal
+# items have unequal similarities. So no matrix product ends in such a piece.
+_ROWS, _COLUMNS = 16, 64
+
+# Below every cosine; within -2 and 2, as ranking needs it.
+NO_ITEM = -1.5
+_NAMES = ("embeddings", "labels", "queries", "query_labels")
+
+
+class Search(NamedTuple):
+    """What is searched and what for."""
+
+    padded: Tensor  # [n, D] items as unit rows, then at least one row of zeros
+    classes: Tensor  # [N] class of each item, 0 to C - 1
+    queries: Tensor  # [M, D] unit rows
+    query_classes: Tensor  # [M] the same for queries, C if no item is of their class
+    own: bool  # whether query i is item i, which is then not among its results
+    by_class: Tensor  # [N] items of class 0, then those of class 1, ...
+    starts: Tensor  # [C + 1] where in `by_class` each class starts
+    counts: Tensor  # [C + 1] items of each class; of class C none
+
+    @property
+    def items(self) -> Tensor:
+        """The items, unit rows ``[N, D]``."""
+        return self.padded[: len(self.classes)]
+
+    def rows(self) -> Tensor:
+        """Every query, int64 ``[M]``."""
+        return torch.arange(len(self.queries), device=self.items.device)
+
+    def relevant(self) -> Tensor:
+        """Items that each query should find, int64 ``[M]``."""
+        return self.counts[self.query_classes] - int(self.own)
+
+
+class Block(NamedTuple):
+    """Similarities of some queries with all items."""
+
+    rows: Tensor  # [b] which queries
+    scores: Tensor  # [b, n], NO_ITEM where none is: at the query itself and from N on
+    members: Tensor  # [b, r] columns of the query's class, itself included, filled with N
+
+
+def prepare(
+    embeddings: Any,
+    labels: Any,
+    queries: Any = None,
+    query_labels: Any = None,
+    names: tuple[str, str, str, str] = _NAMES,
+) -> Search:
+    """Check the arguments, which have these names, and sort the items by class."""
+    unit = unit_rows(_checks.as_embeddings(names[0], embeddings, finite=True))
+    padded = unit.new_zeros((len(unit) // _COLUMNS + 1) * _COLUMNS, unit.shape[1])
+    padded[: len(unit)] = unit
+    items = padded[: len(unit)]
+    labels = _checks.as_labels(names[1], labels, length=len(items)).to(items.device)
+    if (queries is None) != (query_labels is None):
+        raise ValueError(f"`{names[2]}` and `{names[3]}` go together; only one was given.")
+    rows, row_labels = items, labels
+    if queries is not None:
+        rows = unit_rows(_checks.as_embeddings(names[2], queries, finite=True)).to(items)
+        if rows.shape[1] != items.shape[1]:
+            raise ValueError(
+                f"`{names[2]}` must have embedding size {items.shape[1]}, got {rows.shape[1]}."
+            )
+        row_labels = _checks.as_labels(names[3], query_labels, length=len(rows)).to(items.device)
+    ids, classes, counts = labels.unique(return_inverse=True, return_counts=True)
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return Search(
+        padded=padded,
+        classes=classes,
+        queries=rows,
+        query_classes=_places(ids, row_labels),
+        own=queries is None,
+        by_class=classes.argsort(stable=True),
+        starts=starts,
+        counts=torch.cat([counts, counts.new_zeros(1)]),
+    )
+
+
+def _places(ids: Tensor, labels: Tensor) -> Tensor:
+    """Where each label is in the ascending `ids`; their number if it is not there."""
+    if not len(ids):
+        return torch.zeros_like(labels)
+    places = torch.searchsorted(ids, labels)
+    known = ids[places.clamp_max(len(ids) - 1)] == labels
+    return places.where(known, len(ids))
+
+
+def over_blocks(search: Search, rows: Tensor, work: Callable[[Block], T]) -> Iterator[T]:
+    """What `work` makes of the similarities of these queries with all items, block by block.
+
+    On the CPU several threads work at once, each on blocks of its own and with one thread of
+    torch: so none waits for another. (A thread elsewhere that first uses torch meanwhile is left
+    with one thread, too.) A block may be overwritten, and is by the next.
+    """
+    count, items = len(search.items), search.padded
+    # Of each item of a query's class, several numbers are kept beside its similarity.
+    cells = len(items) + 8 * int(search.counts.max())
+    size = min(max(_BLOCK_CELLS // cells, 1), _BLOCK_ROWS, max(len(rows), 1))
+    size = -(-size // _ROWS) * _ROWS
+    parts = rows.split(size) if len(rows) else ()
+    threads = torch.get_num_threads()
+    workers = min(threads, _MOST_WORKERS, len(parts)) if items.device.type == "cpu" else 1
+    spare = [
+        (items.new_zeros(size, items.shape[1]), items.new_empty(size, len(items)))
+        for _ in range(workers)
+    ]
+
+    # Inference mode is each thread's own, and its tensors can't be written to without it.
+    @torch.inference_mode(torch.is_inference_mode_enabled())
+    def run(of_block: Tensor) -> T:
+        queries, scores = buffers = spare.pop()
+        queries[: len(of_block)] = search.queries[of_block]
+        with torch.autocast(items.device.type, enabled=False):
+            torch.mm(queries, items.T, out=scores)
+        found = scores[: len(of_block)]
+        found[:, count:] = NO_ITEM
+        if search.own:
+            found.scatter_(1, of_block[:, None], NO_ITEM)
+        try:
+            return work(Block(of_block, found, _members(search, of_block)))
+        finally:
+            spare.append(buffers)
+
+    if workers <= 1:
+        yield from map(run, parts)
+        return
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield from pool.map(run, parts)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        # What a thread sets is also what threads that come after it start with.
+        torch.set_num_threads(threads)
+
+
+def _members(search: Search, rows: Tensor) -> Tensor:
+    classes = search.query_classes[rows]
+    counts = search.counts[classes][:, None]
+    place = torch.arange(int(counts.max()), device=rows.device)
+    inside = place < counts
+    # Outside, any valid place will do.
+    place = (search.starts[classes][:, None] + place).where(inside, 0)
+    members = search.by_class.index_select(0, place.flatten()).view_as(place)
+    return members.where(inside, len(search.items))

@@ -1,0 +1,65 @@
+"""What pictures of an evaluation need, whoever draws them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pairclip.datasets import LabelledImages
+from pairclip.evaluation import Evaluation
+
+
+def images_of(evaluation: Evaluation, dataset: Any) -> LabelledImages:
+    """Open the dataset of an evaluation, or raise if it can't be that one."""
+    images = LabelledImages(dataset)
+    if images.of_features:
+        raise ValueError(
+            f"`dataset` must have images to show, got {type(dataset).__name__}. Give the dataset "
+            "that the features were computed from."
+        )
+    if len(images) != evaluation.num_images:
+        raise ValueError(
+            f"`dataset` must be the evaluated one, got {len(images)} images for an evaluation of "
+            f"{evaluation.num_images}."
+        )
+    places = np.unique(images.labels.numpy(), return_inverse=True)[1]
+    others = np.flatnonzero(places != evaluation.labels)
+    if len(others):
+        raise ValueError(
+            f"`dataset` must be the evaluated one, but the classes of {len(others)} images "
+            f"differ, first of image {others[0]}."
+        )
+    return images
+
+
+def neighbor_is_right(evaluation: Evaluation) -> npt.NDArray[np.bool_]:
+    """Whether each neighbour is of its query's class, ``[Q, K]``."""
+    labels = evaluation.labels
+    right: npt.NDArray[np.bool_] = (
+        labels[evaluation.neighbors] == labels[evaluation.queries][:, None]
+    )
+    return right
+
+
+def in_turn(classes: npt.NDArray[np.int64], places: Sequence[int]) -> list[int]:
+    """The places, in their order within a class, but with the classes taking turns."""
+    seen: dict[int, int] = {}
+    turns = []
+    for place in places:
+        turn = seen[int(classes[place])] = seen.get(int(classes[place]), -1) + 1
+        turns.append(turn)
+    return [places[i] for i in np.argsort(turns, kind="stable")]
+
+
+def pair_range(*evaluations: Evaluation) -> tuple[float, float]:
+    """The similarities from the lowest to the highest pair of all, with a little room."""
+    bounds = []
+    for evaluation in evaluations:
+        histogram = evaluation.histogram
+        (filled,) = np.nonzero(histogram.same + histogram.different)
+        bounds += [histogram.edges[filled[0]], histogram.edges[filled[-1] + 1]]
+    room = 0.02 * (max(bounds) - min(bounds))
+    return min(bounds) - room, max(bounds) + room

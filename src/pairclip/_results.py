@@ -1,0 +1,305 @@
+"""What an evaluation found: to compare, to save and to show."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pairclip import _files
+from pairclip._bootstrap import paired_intervals
+from pairclip._figures import QUERY_TITLES, TITLES, Change, change_row, shown
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+_FORMAT = 1
+_ARRAYS: dict[str, type[np.generic]] = {
+    "class_similarity": np.float64,
+    "labels": np.int64,
+    "queries": np.int64,
+    "neighbors": np.int64,
+    "neighbor_scores": np.float32,
+}
+# What grows with the images, and so is in the file only.
+_PER_IMAGE = {"labels", "queries", "neighbors", "neighbor_scores", "per_query"}
+
+
+@dataclass(frozen=True, eq=False)
+class PairHistogram:
+    """Pairs of images counted by similarity.
+
+    Attributes:
+        edges: Ends of the bins, float64 ``[bins + 1]``.
+        same: Pairs of one class in each bin, int64 ``[bins]``.
+        different: Pairs of different classes in each bin, int64 ``[bins]``.
+
+    Example:
+        >>> import torch
+        >>> from pairclip import evaluate_embeddings
+        >>> histogram = evaluate_embeddings(torch.eye(4), torch.tensor([0, 0, 1, 1])).histogram
+        >>> int(histogram.same.sum()), int(histogram.different.sum())
+        (2, 4)
+    """
+
+    edges: FloatArray
+    same: IntArray
+    different: IntArray
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Figures of one set of embeddings, each item searched among the others.
+
+    Items of equal similarity count as the expectation over their random order.
+
+    Attributes:
+        recall_at_1: Share of queries whose nearest item is of their class; in ``[0, 1]``.
+        recall_at_5: Share of queries with one of their class among the 5 nearest.
+        recall_at_10: The same among the 10 nearest.
+        precision_at_10: Share of the 10 nearest that are of the query's class.
+        r_precision: The same of the R nearest, where R is how many the class has to find.
+        map_at_r: Mean over queries of the average precision of the R nearest.
+        mean_average_precision: Mean over queries of the average precision; in ``(0, 1]``.
+        knn_accuracy: Share of queries whose class wins the vote of the 5 nearest.
+        same_mean: Mean cosine over all pairs of one class; in ``[-1, 1]``.
+        same_std: Standard deviation of these cosines.
+        different_mean: Mean cosine over all pairs of different classes; NaN with one class.
+        different_std: Standard deviation of these.
+        gap: ``same_mean - different_mean``.
+        roc_auc: Chance that a pair of one class is more similar than one of different classes.
+        roc_auc_error: How far `roc_auc` may be off, because it is computed from a histogram.
+        pair_average_precision: Average precision of all pairs, ranked by similarity.
+        pair_average_precision_error: How far that may be off.
+        best_threshold: Cosine above which two images are best called of one class.
+        balanced_accuracy: Mean share of pairs of one and of different classes called right so.
+        balanced_accuracy_error: How much better another threshold may be.
+        num_images: Images evaluated, N.
+        num_queries: Those with another image of their class, which are the queries, Q.
+        class_similarity: Mean cosine of the pairs between two classes, ``[C, C]`` float64.
+        class_names: Name of each row of `class_similarity`.
+        confused_classes: The most similar pairs of different classes, as
+            ``(name, name, mean cosine)``, most similar first.
+        per_class: Mean of each figure of queries over the queries of a class, ``[C]`` float64
+            under the figure's name; NaN where a class has no query.
+        labels: Each image's place in `class_names`, int64 ``[N]``.
+        queries: Which images are the queries, int64 ``[Q]``.
+        per_query: Each figure of queries for every one, ``[Q]`` float64 under the figure's name.
+        neighbors: The nearest images of each query, nearest first, int64 ``[Q, K]``, K at most
+            10.
+        neighbor_scores: Their cosines, float32 ``[Q, K]``.
+        histogram: Pairs of one and of different classes, counted by similarity.
+        also: Evaluations of further datasets, by name.
+
+    Example:
+        >>> import torch
+        >>> from pairclip import evaluate_embeddings
+        >>> evaluation = evaluate_embeddings(torch.eye(4), torch.tensor([0, 0, 1, 1]))
+        >>> round(evaluation.recall_at_1, 3), evaluation.same_mean
+        (0.333, 0.0)
+    """
+
+    recall_at_1: float
+    recall_at_5: float
+    recall_at_10: float
+    precision_at_10: float
+    r_precision: float
+    map_at_r: float
+    mean_average_precision: float
+    knn_accuracy: float
+    same_mean: float
+    same_std: float
+    different_mean: float
+    different_std: float
+    gap: float
+    roc_auc: float
+    roc_auc_error: float
+    pair_average_precision: float
+    pair_average_precision_error: float
+    best_threshold: float
+    balanced_accuracy: float
+    balanced_accuracy_error: float
+    num_images: int
+    num_queries: int
+    class_similarity: FloatArray = field(repr=False)
+    class_names: list[str]
+    confused_classes: list[tuple[str, str, float]]
+    per_class: dict[str, FloatArray] = field(repr=False)
+    labels: IntArray = field(repr=False)
+    queries: IntArray = field(repr=False)
+    per_query: dict[str, FloatArray] = field(repr=False)
+    neighbors: IntArray = field(repr=False)
+    neighbor_scores: npt.NDArray[np.float32] = field(repr=False)
+    histogram: PairHistogram = field(repr=False)
+    also: dict[str, Evaluation] = field(default_factory=dict)
+
+    def changes(self, baseline: Evaluation) -> dict[str, Change]:
+        """Each figure before and after, with how sure the change is.
+
+        Args:
+            baseline: An evaluation of the same images, "before".
+
+        Returns:
+            The changes under the figures' names, in the order of the table.
+
+        Raises:
+            ValueError: If `baseline` is of other images, as far as their number and labels tell.
+
+        Example:
+            >>> import torch
+            >>> from pairclip import evaluate_embeddings
+            >>> labels = torch.tensor([0, 0, 1, 1])
+            >>> before = evaluate_embeddings(torch.eye(4), labels)
+            >>> after = evaluate_embeddings(torch.eye(2)[labels], labels)
+            >>> change = after.changes(before)["recall_at_1"]
+            >>> round(change.difference, 3), change.is_clear
+            (0.667, True)
+        """
+        _check_comparable(baseline, self)
+        intervals = paired_intervals(
+            np.stack([baseline.per_query[key] for key in QUERY_TITLES]),
+            np.stack([self.per_query[key] for key in QUERY_TITLES]),
+        )
+        of_query = {} if intervals is None else dict(zip(QUERY_TITLES, intervals, strict=True))
+        return {
+            key: Change(
+                getattr(baseline, key),
+                getattr(self, key),
+                (float(of_query[key][0]), float(of_query[key][1])) if key in of_query else None,
+            )
+            for key in TITLES
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures under flat keys, as JSON takes them: None where a figure isn't defined.
+
+        Without what grows with the number of images, which `to_json` writes as well.
+        """
+        figures: dict[str, Any] = _files.plain(
+            {key: value for key, value in vars(self).items() if key not in {*_PER_IMAGE, "also"}}
+        )
+        return figures | {"also": {name: found.to_dict() for name, found in self.also.items()}}
+
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Write all of it, queries included, to a file that `from_json` reads; whole or not at all.
+
+        Example:
+            >>> import tempfile, torch
+            >>> from pairclip import Evaluation, evaluate_embeddings
+            >>> before = evaluate_embeddings(torch.eye(4), torch.tensor([0, 0, 1, 1]))
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     before.to_json(f"{folder}/before.json")
+            ...     same = Evaluation.from_json(f"{folder}/before.json")
+            >>> same.recall_at_1 == before.recall_at_1
+            True
+        """
+        _files.write_text(
+            path, json.dumps({"format": _FORMAT} | _files.plain(self), allow_nan=False)
+        )
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike[str]) -> Evaluation:
+        """Read what `to_json` wrote, to compare with it.
+
+        Raises:
+            ValueError: If the file holds no evaluation, or one of another format.
+        """
+        try:
+            read = json.loads(Path(path).read_text(encoding="utf-8"))
+            if read.pop("format") != _FORMAT:
+                raise ValueError(f"its format is not {_FORMAT}")
+            return _evaluation(read)
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            raise ValueError(
+                f"`path` must be a file that `Evaluation.to_json` wrote, got {os.fspath(path)!r}: "
+                f"{error!r}. Evaluate again and save that."
+            ) from error
+
+    def to_markdown(self, baseline: Evaluation | None = None) -> str:
+        """The figures as a Markdown table, and those of `also` below it.
+
+        Args:
+            baseline: An evaluation of the same images to compare with, shown as "before".
+                Figures of queries then carry a 95 % paired percentile bootstrap interval of the
+                change, over queries; a change whose interval leaves out 0 is in bold. The interval
+                says nothing of other seeds, or of other images to search.
+
+        Returns:
+            Lines of a table, without a line break at the end.
+
+        Raises:
+            ValueError: If `baseline` is of other images, as far as their number and labels tell.
+        """
+        if baseline is None:
+            head = ["| | |", "|---|---:|"]
+            rows = [f"| {title} | {shown(getattr(self, key))} |" for key, title in TITLES.items()]
+        else:
+            head = ["| | before | after | change | 95 % interval |", "|---|---:|---:|---:|:---:|"]
+            rows = [
+                change_row(TITLES[key], change) for key, change in self.changes(baseline).items()
+            ]
+        tables = ["\n".join(head + rows)]
+        for name, evaluation in self.also.items():
+            before = None if baseline is None else baseline.also[name]
+            tables += [f"**{name}**", evaluation.to_markdown(before)]
+        return "\n\n".join(tables)
+
+
+def _check_comparable(baseline: Evaluation, evaluation: Evaluation) -> None:
+    before, after = baseline, evaluation
+    if (before.num_images, before.class_names) != (after.num_images, after.class_names):
+        raise ValueError(
+            f"`baseline` must be of the same images, got {before.num_images} images of "
+            f"{len(before.class_names)} classes against {after.num_images} of "
+            f"{len(after.class_names)}{_first_other_name(before.class_names, after.class_names)}."
+        )
+    others = np.flatnonzero(before.labels != after.labels)
+    if len(others):
+        first = int(others[0])
+        was, now = (each.class_names[each.labels[first]] for each in (before, after))
+        raise ValueError(
+            f"`baseline` must be of the same images, but the classes of {len(others)} images "
+            f"differ, first of image {first}: {was!r} against {now!r}."
+        )
+    if not np.array_equal(before.queries, after.queries):
+        raise ValueError(
+            f"`baseline` must have the same queries, got {before.num_queries} against "
+            f"{after.num_queries}, or other rows."
+        )
+    if before.also.keys() != after.also.keys():
+        raise ValueError(
+            f"`baseline` must have the same evaluations in `also`, got {list(before.also)} "
+            f"against {list(after.also)}."
+        )
+
+
+def _first_other_name(before: list[str], after: list[str]) -> str:
+    for was, now in zip(before, after, strict=False):
+        if was != now:
+            return f", the first other class being {was!r} against {now!r}"
+    return ""
+
+
+def _evaluation(read: dict[str, Any]) -> Evaluation:
+    """The opposite of `_files.plain`."""
+    return Evaluation(**{key: _field(key, value) for key, value in read.items()})
+
+
+def _field(key: str, value: Any) -> Any:
+    if key in _ARRAYS:
+        return np.array(value, dtype=_ARRAYS[key])
+    if key in {"per_class", "per_query"}:
+        return {name: np.array(values, dtype=np.float64) for name, values in value.items()}
+    if key == "histogram":
+        return PairHistogram(**{name: np.array(values) for name, values in value.items()})
+    if key == "confused_classes":
+        return [(one, other, similarity) for one, other, similarity in value]
+    if key == "also":
+        return {name: _evaluation(found) for name, found in value.items()}
+    return math.nan if value is None else value

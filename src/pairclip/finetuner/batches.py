@@ -1,0 +1,248 @@
+"""Which images a process loads at each step, and with which randomness."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from pairclip import _checks
+from pairclip._randomness import (
+    Stream,
+    random_state,
+    random_state_kept,
+    seed_all,
+    set_random_state,
+)
+from pairclip.datasets import LabelledImages
+from pairclip.samplers import ClassBalancedSampler, PairSampler
+from pairclip.towers.base import Preprocess
+
+
+@runtime_checkable
+class BatchSampler(Protocol):
+    """Yields batches of indices; ``len()`` is the number of batches of an epoch."""
+
+    def __iter__(self) -> Iterator[Sequence[int]]: ...
+
+    def __len__(self) -> int: ...
+
+
+class ItemKey(NamedTuple):
+    """One item of a run: where in the run it comes, and its index in the dataset."""
+
+    epoch: int
+    position: int
+    item: int
+
+
+class TrainingItems(Dataset[tuple[Tensor, int]]):
+    """Preprocessed images and class ids; a random transform draws the same for the same key."""
+
+    def __init__(
+        self, data: LabelledImages, preprocess: Callable[[Any], Tensor], *, seed: int
+    ) -> None:
+        self.data = data
+        self.preprocess = preprocess
+        self.seed = seed
+        self._at_once = isinstance(preprocess, Preprocess) and preprocess.fixed
+        # Seeds take as long as small images do, and here nothing draws.
+        self._draws = not (data.of_features or (self._at_once and data.source.in_memory))
+
+    def __getitems__(self, keys: list[ItemKey]) -> list[tuple[Tensor, int]]:
+        """The items of one batch (a `DataLoader` asks for them at once)."""
+        with random_state_kept():
+            if not self._at_once:
+                return [self[key] for key in keys]
+            images, labels = zip(*map(self._read, keys), strict=True)
+        preprocess: Any = self.preprocess
+        return list(zip(preprocess.batch(images), labels, strict=True))
+
+    def __getitem__(self, key: ItemKey) -> tuple[Tensor, int]:
+        """One item; it seeds the global generators of Python, NumPy and torch (CPU)."""
+        image, label = self._read(key)
+        return self.preprocess(image), label
+
+    def _read(self, key: ItemKey) -> tuple[Any, int]:
+        if self._draws:
+            seed_all(Stream.ITEM, self.seed, key.epoch, key.position)
+        return self.data[key.item]
+
+
+class RunBatches:
+    """One process's slices of a run's batches; loading does not pause between epochs.
+
+    The global generators that the sampler may draw from follow from (seed, epoch), so that every
+    process and every resumed run gets the same batches. A generator of its own must be in the
+    same state wherever, and whenever, the run is started.
+
+    Args:
+        sampler: Gives the whole batches.
+        num_items: Items of the dataset.
+        steps: The steps to load, from 0.
+        seed: Decides what a sampler without a seed of its own draws.
+        process: Number of this process.
+        num_processes: Processes that share each batch.
+
+    Raises:
+        ValueError: If the sampler yields more or fewer batches than its ``len()``, indices
+            that the dataset does not have, or a batch that the processes don't divide.
+        TypeError: If it yields something other than batches of indices.
+    """
+
+    def __init__(
+        self,
+        sampler: BatchSampler,
+        *,
+        num_items: int,
+        steps: range,
+        seed: int = 0,
+        process: int = 0,
+        num_processes: int = 1,
+    ) -> None:
+        self.sampler = sampler
+        self.num_items = num_items
+        self.steps = steps
+        self.seed = seed
+        self.process = process
+        self.num_processes = num_processes
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[ItemKey]]:
+        step = epoch = 0
+        if hasattr(self.sampler, "set_epoch"):
+            # Other samplers are gone through from the start, to be where they were.
+            epoch = self.steps.start // len(self.sampler)
+            step = epoch * len(self.sampler)
+        while step < self.steps.stop:
+            position = 0
+            for batch in self._epoch(epoch):
+                if step in self.steps:
+                    yield self._share(batch, epoch, position)
+                position += len(batch)
+                step += 1
+                if step == self.steps.stop:
+                    return
+            epoch += 1
+
+    def _epoch(self, epoch: int) -> Iterator[Sequence[int]]:
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
+        with random_state_kept():
+            seed_all(Stream.BATCHES, self.seed, epoch)
+            batches = iter(self.sampler)
+            state = random_state()
+        count = 0
+        while True:
+            with random_state_kept():
+                set_random_state(state)
+                batch = next(batches, None)
+                state = random_state()
+            if batch is None:
+                break
+            count += 1
+            if count > len(self.sampler):
+                break
+            self._check(batch)
+            yield batch
+        if count != len(self.sampler):
+            more = "more" if count > len(self.sampler) else f"only {count}"
+            raise ValueError(
+                f"`sampler` yielded {more} batches in epoch {epoch}, but its len() is "
+                f"{len(self.sampler)}. Make len() the number of batches that it yields."
+            )
+
+    def _share(self, batch: Sequence[int], epoch: int, position: int) -> list[ItemKey]:
+        share, rest = divmod(len(batch), self.num_processes)
+        if rest:
+            raise ValueError(
+                f"A batch of {len(batch)} images can't be divided among {self.num_processes} "
+                "processes. Choose a batch size that is a multiple of their number."
+            )
+        mine = range(self.process * share, (self.process + 1) * share)
+        return [ItemKey(epoch, position + i, int(batch[i])) for i in mine]
+
+    def _check(self, batch: Any) -> None:
+        if not isinstance(batch, (Sequence, np.ndarray, Tensor)):
+            raise TypeError(
+                f"`sampler` must yield batches, lists of indices, got {batch!r}. Wrap a sampler "
+                "of single indices in `torch.utils.data.BatchSampler`."
+            )
+        kind = np.asarray(batch)
+        if kind.ndim != 1 or (kind.size and kind.dtype.kind not in "iu"):
+            raise TypeError(
+                f"`sampler` must yield batches, lists of indices, got one of shape "
+                f"{list(kind.shape)} and type {kind.dtype}."
+            )
+        if not len(batch) or min(batch) < 0 or max(batch) >= self.num_items:
+            raise ValueError(
+                f"`sampler` yielded the batch {list(batch)[:8]}, but indices must be in "
+                f"[0, {self.num_items}). Make the sampler from the labels of this very dataset, "
+                "`pairclip.labels_of(dataset)`."
+            )
+
+
+def check_sampler(sampler: BatchSampler, *, pairs: bool) -> None:
+    """Raise unless `sampler` can give batches, of pairs if the loss takes pairs."""
+    if pairs and not isinstance(sampler, PairSampler):
+        raise ValueError(
+            f"`loss` takes the pairs of a `PairSampler`, got {type(sampler).__name__}. Use "
+            "`AllPairsCosineLoss` for other batches."
+        )
+    if not isinstance(sampler, BatchSampler):
+        raise TypeError(f"`sampler` must have `__iter__` and `__len__`, got {sampler!r}.")
+    if not len(sampler):
+        raise ValueError(
+            "`sampler` has no batch, its len() is 0. Are its batches larger than the dataset, with "
+            "drop_last=True?"
+        )
+
+
+def default_sampler(labels: Tensor, batch_size: int, seed: int, *, pairs: bool) -> BatchSampler:
+    """Batches for a loss on pairs, or as many of each class as the classes allow."""
+    _checks.check_positive_int("batch_size", batch_size)
+    if pairs:
+        return _pair_sampler(labels, batch_size, seed)
+    balanced = _balanced_sampler(labels, batch_size, seed)
+    if balanced is not None:
+        return balanced
+    fallback = _pair_sampler(labels, batch_size, seed)
+    warnings.warn(
+        f"Batches of {batch_size} images can't hold equally many of several classes without "
+        "leaving classes out, so they are made of pairs. Choose a `batch_size` that P classes "
+        "times K images make up, with K at most the images of the smallest class, to avoid it.",
+        stacklevel=3,
+    )
+    return fallback
+
+
+def _pair_sampler(labels: Tensor, batch_size: int, seed: int) -> PairSampler:
+    if batch_size % 2:
+        raise ValueError(f"`batch_size` must be even for pairs, got {batch_size}.")
+    if batch_size > 2 * len(labels):
+        raise ValueError(
+            f"`batch_size` must be at most two per image, got {batch_size} for {len(labels)} "
+            "images. Lower it."
+        )
+    return PairSampler(labels, batch_size // 2, seed=seed)
+
+
+def _balanced_sampler(labels: Tensor, batch_size: int, seed: int) -> ClassBalancedSampler | None:
+    """P classes times K images that make up the batch: K from 4 on, else 3 or 2.
+
+    None where such batches would leave out a class that has two images.
+    """
+    counts = labels.unique(return_counts=True)[1]
+    counts = counts[counts > 1]
+    for samples in [*range(4, batch_size // 2 + 1), 3, 2]:
+        classes = batch_size // samples
+        divides = classes * samples == batch_size
+        if divides and 2 <= classes <= len(counts) and bool((counts >= samples).all()):
+            return ClassBalancedSampler(labels, classes, samples, seed=seed)
+    return None

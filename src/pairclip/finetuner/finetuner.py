@@ -1,0 +1,334 @@
+"""`Finetuner`: its arguments, and the parts of a fit put together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from pairclip import _checks
+from pairclip.callbacks import Callback, FitState
+from pairclip.callbacks.base import check_callbacks
+from pairclip.datasets import LabelledImages
+from pairclip.embedding import embed
+from pairclip.evaluation import evaluate_embeddings
+from pairclip.finetuner.accelerators import (
+    accelerate_state_kept,
+    check_accelerator,
+    new_accelerator,
+)
+from pairclip.finetuner.batches import (
+    BatchSampler,
+    RunBatches,
+    TrainingItems,
+    check_sampler,
+    default_sampler,
+)
+from pairclip.finetuner.identity import config_of, identity_of
+from pairclip.finetuner.loop import Loop
+from pairclip.finetuner.resuming import Saver
+from pairclip.finetuner.settings import (
+    LEARNING_RATE,
+    OptimizerFactory,
+    Precision,
+    Schedule,
+    Settings,
+)
+from pairclip.finetuner.step import Trainer
+from pairclip.finetuner.stop_signals import StopSignals, leave_stopping_to_main
+from pairclip.history import History
+from pairclip.towers import VisionTower
+from pairclip.towers.base import tower_of
+
+_BATCH_SIZE = 128
+_KEEP = 2
+
+
+class Finetuner:
+    """Fine-tunes a tower so that a loss on its embeddings and their labels goes down.
+
+    The gradient of a step is that of the loss of the whole batch, however many processes and
+    micro-batches share the work: each image is encoded once, the loss sees all embeddings.
+
+    Args:
+        tower: The tower to train, in place: a `VisionTower`, the head of one that was split, or
+            one that `peft.get_peft_model` wrapped.
+        loss: ``loss(embeddings [B, D] float32, labels [B] int64)`` giving a scalar: one of
+            pairclip's, of pytorch-metric-learning's, or your own. One with an attribute
+            ``takes_pairs = True``, as `CosinePairLoss` has, is called as ``loss(a, b, same)``
+            with the pairs of a `PairSampler`. A loss's own parameters are trained too.
+        learning_rate: Peak rate of AdamW.
+        weight_decay: Decay of AdamW, on weight matrices only, not on biases or norms.
+        warmup_ratio: Share of the steps in which the rate rises linearly, in ``[0, 1)``.
+        schedule: ``"cosine"``, ``"linear"`` (both fall to 0) or ``"constant"``, after warm-up.
+        optimizer: None for AdamW, or a callable that takes the list of trainable parameters and
+            returns an optimizer; it then sets rate and decay itself.
+        precision: ``"auto"`` (bfloat16 where a GPU has it), ``"no"``, ``"bf16"`` or ``"fp16"``.
+            The loss is always computed in float32.
+        max_grad_norm: Gradients are scaled down to this norm; None clips nothing.
+        micro_batch_size: Images whose activations are in memory at once, on each process; None
+            for the whole of its share. Each image is then encoded twice.
+        accelerator: An `accelerate.Accelerator` of yours; None makes one. Under ``accelerate
+            launch`` each batch is divided among the processes.
+        callbacks: Objects with the methods of `Callback`, called in this order.
+        seed: Decides the default sampler, dropout and random transforms.
+
+    Raises:
+        TypeError: If the tower or the loss is of the wrong kind.
+        ValueError: If an argument is out of range, or would be ignored.
+
+    Example:
+        >>> import numpy as np
+        >>> from pairclip import AllPairsCosineLoss, Finetuner
+        >>> from pairclip.towers import random_tower
+        >>> tower = random_tower()
+        >>> images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
+        >>> labels = [0, 0, 0, 0, 1, 1, 1, 1]
+        >>> finetuner = Finetuner(tower, AllPairsCosineLoss(negatives="squared"))
+        >>> history = finetuner.fit((images, labels), batch_size=4, epochs=3)
+        >>> len(history.steps)
+        6
+    """
+
+    def __init__(
+        self,
+        tower: VisionTower,
+        loss: Callable[..., Tensor],
+        *,
+        learning_rate: float = LEARNING_RATE,
+        weight_decay: float = 0.0,
+        warmup_ratio: float = 0.1,
+        schedule: Schedule = "cosine",
+        optimizer: OptimizerFactory | None = None,
+        precision: Precision = "auto",
+        max_grad_norm: float | None = 1.0,
+        micro_batch_size: int | None = None,
+        accelerator: Accelerator | None = None,
+        callbacks: Iterable[Callback] = (),
+        seed: int = 0,
+    ) -> None:
+        tower_of(tower)
+        if not callable(loss) or isinstance(loss, type):
+            raise TypeError(f"`loss` must be a callable, such as an instance, got {loss!r}.")
+        self.settings = Settings(
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            warmup_ratio=warmup_ratio,
+            schedule=schedule,
+            optimizer=optimizer,
+            precision=precision,
+            max_grad_norm=max_grad_norm,
+            micro_batch_size=micro_batch_size,
+            seed=seed,
+        )
+        if accelerator is not None:
+            check_accelerator(accelerator)
+            if precision != "auto":
+                raise ValueError(
+                    f"`precision` {precision!r} would be ignored: `accelerator` decides, and has "
+                    f"{accelerator.mixed_precision!r}."
+                )
+        self.tower = tower
+        self.loss = loss
+        self.accelerator = accelerator
+        self.callbacks = check_callbacks(callbacks)
+
+    learning_rate = property(attrgetter("settings.learning_rate"))
+    weight_decay = property(attrgetter("settings.weight_decay"))
+    warmup_ratio = property(attrgetter("settings.warmup_ratio"))
+    schedule = property(attrgetter("settings.schedule"))
+    optimizer = property(attrgetter("settings.optimizer"))
+    precision = property(attrgetter("settings.precision"))
+    max_grad_norm = property(attrgetter("settings.max_grad_norm"))
+    micro_batch_size = property(attrgetter("settings.micro_batch_size"))
+    seed = property(attrgetter("settings.seed"))
+
+    @accelerate_state_kept()
+    def fit(
+        self,
+        dataset: Any,
+        *,
+        sampler: BatchSampler | None = None,
+        batch_size: int = _BATCH_SIZE,
+        epochs: int = 1,
+        max_steps: int | None = None,
+        eval_dataset: Any = None,
+        evaluate: Callable[[VisionTower], Mapping[str, Any]] | None = None,
+        eval_every: int | None = None,
+        checkpoint_dir: str | os.PathLike[str] | None = None,
+        checkpoint_every: int | None = None,
+        keep_checkpoints: int = _KEEP,
+        resume: bool = False,
+        num_workers: int = 0,
+    ) -> History:
+        """Train the tower in place, and leave it on the accelerator's device.
+
+        Args:
+            dataset: Any labelled dataset that `LabelledImages` takes, or cached features.
+            sampler: A batch sampler over `dataset`; `fit` sets its epoch, from 0. By default a
+                `PairSampler` for a loss that takes pairs, and for other losses a
+                `ClassBalancedSampler`, or a `PairSampler` where the classes don't allow that.
+            batch_size: Images per batch, over all processes, for the default samplers.
+            epochs: Epochs of the sampler.
+            max_steps: Steps to train, instead of `epochs`.
+            eval_dataset: Evaluated during training.
+            evaluate: Evaluates instead of `pairclip.evaluate` on an `eval_dataset`: takes the
+                tower and returns numbers by name, of which the checkpoints and `EarlyStopping`
+                look at ``"mean_average_precision"``. With several processes, each calls it, and
+                the numbers of the first count.
+            eval_every: Steps between evaluations; None evaluates after every epoch.
+            checkpoint_dir: Folder for checkpoints. With it, Ctrl-C and SIGTERM end the step,
+                write a checkpoint and then stop the program; a second Ctrl-C stops at once.
+            checkpoint_every: Steps between checkpoints; None writes one after every epoch.
+            keep_checkpoints: How many of the last checkpoints stay, beside the one with the best
+                mean average precision.
+            resume: Continue from the newest whole checkpoint in `checkpoint_dir`; without one,
+                start. On the CPU the weights end bit for bit as without the interruption.
+            num_workers: Processes that load and preprocess images beside the training; in an
+                evaluation as many.
+
+        Returns:
+            The history, of the earlier parts of a resumed run too.
+
+        Raises:
+            ValueError: If an argument is wrong or would be ignored, an image can't be read, the
+                dataset can't form the batches, the checkpoint is of another model, dataset or
+                configuration, or there are checkpoints already and `resume` is not set.
+            FloatingPointError: If the loss, an embedding, a gradient or a weight isn't finite.
+                The first three are seen before they change a weight: the tower then has those
+                from before the step.
+
+        Warns:
+            UserWarning: If a checkpoint could not be written, or is damaged and passed over; or
+                resuming will not be exact, because a transform draws from its own generator.
+        """
+        _check_length(epochs, max_steps)
+        _check_evaluation(eval_dataset, evaluate, eval_every)
+        _check_every("checkpoint", checkpoint_every, "dir", checkpoint_dir)
+        _checks.check_positive_int("keep_checkpoints", keep_checkpoints)
+        _checks.check_count("num_workers", num_workers)
+        if keep_checkpoints != _KEEP and checkpoint_dir is None:
+            raise ValueError(
+                f"`keep_checkpoints` {keep_checkpoints} would be ignored: there is no "
+                "`checkpoint_dir`."
+            )
+        if resume and checkpoint_dir is None:
+            raise ValueError("`resume` needs a `checkpoint_dir` to resume from.")
+        data = LabelledImages(dataset)
+        signals = StopSignals(active=checkpoint_dir is not None)
+        leave = partial(leave_stopping_to_main, left=signals.left)
+        workers: dict[str, Any] = {
+            "num_workers": num_workers,
+            "worker_init_fn": None if checkpoint_dir is None else leave,
+        }
+        if eval_dataset is not None:
+            evaluate = partial(_evaluate, data=LabelledImages(eval_dataset), workers=workers)
+        sampler = self._sampler(sampler, data.labels, batch_size)
+        num_steps = epochs * len(sampler) if max_steps is None else max_steps
+        accelerator = self.accelerator or new_accelerator(self.settings.precision)
+        check_accelerator(accelerator)
+        trainer = Trainer(self.tower, self.loss, self.settings, accelerator, num_steps)
+        items = TrainingItems(data, tower_of(self.tower).preprocess, seed=self.settings.seed)
+        fit = FitState(
+            tower=trainer.tower,
+            parameters=trainer.parameters,
+            accelerator=accelerator,
+            num_steps=num_steps,
+            evaluates=evaluate is not None,
+            config=config_of(trainer, sampler),
+        )
+        saver = None
+        if checkpoint_dir is not None:
+            saver = Saver(
+                Path(checkpoint_dir),
+                every=checkpoint_every or len(sampler),
+                keep=keep_checkpoints,
+                trainer=trainer,
+                fit=fit,
+                callbacks=self.callbacks,
+                identity=identity_of(trainer, items, fit.config, self.callbacks),
+            )
+            saver.resume(wanted=resume)
+        loader = DataLoader(
+            items,
+            batch_sampler=RunBatches(
+                sampler,
+                num_items=len(data),
+                steps=range(fit.step, num_steps),
+                seed=self.settings.seed,
+                process=accelerator.process_index,
+                num_processes=accelerator.num_processes,
+            ),
+            pin_memory=accelerator.device.type == "cuda",
+            generator=torch.Generator().manual_seed(self.settings.seed),
+            **workers,
+        )
+        loop = Loop(
+            trainer,
+            fit,
+            self.callbacks,
+            steps_per_epoch=len(sampler),
+            evaluate=evaluate,
+            eval_every=eval_every or len(sampler),
+            saver=saver,
+            signals=signals,
+        )
+        with trainer.training(), signals:
+            ended = loop.train(loader)
+        if not ended or signals.caught is not None:
+            signals.obey()
+        return fit.history
+
+    def _sampler(
+        self, sampler: BatchSampler | None, labels: Tensor, batch_size: int
+    ) -> BatchSampler:
+        pairs = getattr(self.loss, "takes_pairs", False)
+        if sampler is None:
+            return default_sampler(labels, batch_size, self.settings.seed, pairs=pairs)
+        check_sampler(sampler, pairs=pairs)
+        if batch_size != _BATCH_SIZE:
+            raise ValueError(f"`batch_size` {batch_size} would be ignored: `sampler` decides.")
+        return sampler
+
+
+def _evaluate(
+    tower: VisionTower, data: LabelledImages, workers: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    embeddings = embed(tower, data, **workers)
+    return vars(evaluate_embeddings(embeddings, data.labels, class_names=data.class_names))
+
+
+def _check_length(epochs: int, max_steps: int | None) -> None:
+    _checks.check_positive_int("epochs", epochs)
+    if max_steps is None:
+        return
+    _checks.check_positive_int("max_steps", max_steps)
+    if epochs != 1:
+        raise ValueError(f"`epochs` {epochs} would be ignored: `max_steps` is {max_steps}.")
+
+
+def _check_evaluation(dataset: object, evaluate: object, every: int | None) -> None:
+    if evaluate is None:
+        _check_every("eval", every, "dataset", dataset)
+        return
+    if not callable(evaluate):
+        raise TypeError(f"`evaluate` must be a callable that takes the tower, got {evaluate!r}.")
+    if dataset is not None:
+        raise ValueError("`eval_dataset` would be ignored: `evaluate` is given. Pass one of them.")
+    _check_every("eval", every, "dataset", evaluate)
+
+
+def _check_every(what: str, every: int | None, needed: str, given: object) -> None:
+    if every is None:
+        return
+    _checks.check_positive_int(f"{what}_every", every)
+    if given is None:
+        raise ValueError(f"`{what}_every` {every} would be ignored: there is no `{what}_{needed}`.")

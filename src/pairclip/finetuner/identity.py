@@ -1,0 +1,142 @@
+"""What must be the same in two parts of one run: model, dataset, configuration."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+
+from pairclip.callbacks import Callback
+from pairclip.checkpoints import trained_tensors
+from pairclip.finetuner.batches import BatchSampler, ItemKey, TrainingItems
+from pairclip.finetuner.step import Trainer
+from pairclip.towers.base import bytes_of, tower_of
+
+_SAMPLED_ITEMS = 8
+
+
+def config_of(trainer: Trainer, sampler: BatchSampler) -> dict[str, Any]:
+    """What a fit was asked for, as plain values."""
+    settings = trainer.settings
+    return {
+        "loss": _describe(trainer.loss),
+        "sampler": _describe(sampler),
+        "batches per epoch": len(sampler),
+        "steps": trainer.num_steps,
+        "optimizer": type(trainer.optimizer).__qualname__,
+        "learning_rate": trainer.peak_rates[0],
+        "warmup_ratio": settings.warmup_ratio,
+        "schedule": settings.schedule,
+        "precision": trainer.accelerator.mixed_precision,
+        "max_grad_norm": settings.max_grad_norm,
+        "seed": settings.seed,
+    }
+
+
+def identity_of(
+    trainer: Trainer, items: TrainingItems, config: Mapping[str, Any], callbacks: Sequence[Callback]
+) -> dict[str, Any]:
+    """What must be the same in a run that continues from a checkpoint, and a word for each.
+
+    Warns:
+        UserWarning: If images differ when they are loaded again, so that resuming isn't exact.
+    """
+    tower, data = trainer.tower, items.data
+    frozen = {name: p for name, p in tower.named_parameters() if not p.requires_grad}
+    chosen = [i * (len(data) - 1) // (_SAMPLED_ITEMS - 1) for i in range(_SAMPLED_ITEMS)]
+    keys = [ItemKey(0, i, item) for i, item in enumerate(chosen)]
+    pixels: str | None = _digest_of_items(items, keys)
+    if pixels != _digest_of_items(items, keys):
+        pixels = None
+        warnings.warn(
+            "`dataset` gives other pixels when the same images are loaded again: a transform draws "
+            "from a generator of its own. A resumed run won't end in the same weights, and other "
+            "images won't be refused. Let it draw from the global generators of Python, NumPy or "
+            "torch, which are seeded for each image.",
+            stacklevel=4,
+        )
+    return {
+        "model": {
+            "class": type(getattr(tower, "model", tower)).__qualname__,
+            "settings": tower_of(tower).settings(),
+            "modules": {
+                name: f"{type(module).__qualname__}({module.extra_repr()})"
+                for name, module in tower.named_modules()
+            },
+            "trained weights": _digest(
+                {name: torch.tensor(t.shape) for name, t in trained_tensors(tower).items()}
+            ),
+            "frozen weights": _digest(frozen),
+        },
+        "dataset": {
+            "images": len(data),
+            "labels": _digest({"labels": data.labels}),
+            "class names": data.class_names,
+            "some images, preprocessed": pixels,
+        },
+        "configuration": {
+            **config,
+            "parameter groups": [
+                {"parameters": len(group["params"])}
+                | {key: str(group[key]) for key in group if key not in ("params", "lr")}
+                | {"learning rate": rate}
+                for group, rate in zip(
+                    trainer.optimizer.param_groups, trainer.peak_rates, strict=True
+                )
+            ],
+            "callbacks": [_describe(callback) for callback in callbacks],
+        },
+    }
+
+
+def _digest_of_items(items: TrainingItems, keys: list[ItemKey]) -> str:
+    inputs = [pixels for pixels, _ in items.__getitems__(keys)]
+    return _digest({str(i): pixels for i, pixels in enumerate(inputs)})
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        digest.update(bytes_of(tensor))
+    return digest.hexdigest()[:16]
+
+
+def _describe(thing: Any) -> str:
+    """Name and plain arguments of a loss, a sampler or a callback, whatever has become of it."""
+    if isinstance(thing, partial):
+        arguments = [*map(str, thing.args), *(f"{k}={v}" for k, v in thing.keywords.items())]
+        return f"partial({', '.join([_describe(thing.func), *arguments])})"
+    name = getattr(thing, "__qualname__", type(thing).__qualname__)
+    if getattr(thing, "only_watches", False):
+        return str(name)
+    return f"{name}({', '.join(f'{key}={value}' for key, value in _arguments(thing))})"
+
+
+def _arguments(thing: Any) -> Iterator[tuple[str, Any]]:
+    """What it was made with, where it keeps that under the argument's name."""
+    try:
+        names = list(signature(type(thing)).parameters)
+    except ValueError:  # of a class that is not written in Python
+        names = []
+    for name in names:
+        # What a callback keeps for itself changes as it works; a sampler's seed does not.
+        private = None if isinstance(thing, Callback) else getattr(thing, f"_{name}", None)
+        value = getattr(thing, name, private)
+        if isinstance(value, (bool, int, float, str)):
+            yield name, value
+        elif isinstance(value, torch.Generator):
+            # Not its seed: one that has drawn since then draws something else now.
+            yield name, _digest({"state": value.get_state()})
+        elif isinstance(value, Sampler):
+            yield name, _describe(value)
+    if isinstance(thing, nn.Module):
+        for name, child in thing.named_children():
+            yield name, _describe(child)

@@ -1,0 +1,177 @@
+"""The loop of a fit: steps, evaluations, callbacks, checkpoints, and where it may be broken off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
+from tqdm import tqdm
+
+from pairclip import _files
+from pairclip._randomness import Stream, random_state_kept, seed_all
+from pairclip.callbacks import Callback, FitState
+from pairclip.finetuner.resuming import Saver
+from pairclip.finetuner.step import Trainer
+from pairclip.finetuner.stop_signals import StopSignals
+
+# From the tower to numbers by name; anything else in the mapping is left out of the history.
+Evaluate = Callable[[Any], Mapping[str, Any]]
+
+
+class Loop:
+    """Takes a fit from where it is to its end.
+
+    Args:
+        trainer: Takes the steps.
+        fit: What callbacks see; its `step` is where the fit is.
+        callbacks: Called in this order.
+        steps_per_epoch: Batches of the sampler's epoch.
+        evaluate: Called with the tower every `eval_every` steps and after the last, if given.
+        eval_every: Steps between evaluations.
+        saver: Writes checkpoints, if given.
+        signals: End it after a step, if one was caught.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        fit: FitState,
+        callbacks: Sequence[Callback],
+        *,
+        steps_per_epoch: int,
+        evaluate: Evaluate | None,
+        eval_every: int,
+        saver: Saver | None,
+        signals: StopSignals,
+    ) -> None:
+        self.trainer = trainer
+        self.fit = fit
+        self.callbacks = callbacks
+        self.steps_per_epoch = steps_per_epoch
+        self.evaluate = evaluate
+        self.eval_every = eval_every
+        self.saver = saver
+        self.signals = signals
+
+    def train(self, batches: Iterable[tuple[Tensor, Tensor]]) -> bool:
+        """Take the steps that are left; whether the end was reached, not a stop signal."""
+        fit = self.fit
+        for callback in self.callbacks:
+            callback.on_fit_start(fit)
+        self._agree()
+        if fit.step:
+            self._settle(resumed=True)
+        bar = tqdm(
+            total=fit.num_steps,
+            initial=fit.step,
+            desc="Fine-tuning",
+            unit="step",
+            disable=None if fit.accelerator.is_local_main_process else True,
+        )
+        with bar:
+            for pixels, labels in () if self._over() else batches:
+                record = self._step(pixels, labels)
+                bar.set_postfix(loss=f"{record['loss']:.4f}", rate=f"{record['learning_rate']:.1e}")
+                bar.update()
+                if self._agree():
+                    self._save()
+                    return False
+                self._settle()
+                if self._over():
+                    break
+        self.trainer.check_weights(fit.step)
+        if fit.averages is not None:
+            _copy(fit.averages, fit.parameters)
+        for callback in self.callbacks:
+            callback.on_fit_end(fit)
+        return True
+
+    def _step(self, pixels: Tensor, labels: Tensor) -> dict[str, float | None]:
+        fit, history = self.fit, self.fit.history
+        batch, record, skipped = self.trainer(pixels, labels, fit.step + 1)
+        epoch = fit.step // self.steps_per_epoch
+        fit.step += 1
+        history.steps.append({"step": fit.step, "epoch": epoch, **record})
+        history.skipped_steps += skipped
+        fit.embeddings, fit.labels, fit.gradient = batch.embeddings, batch.labels, batch.gradient
+        for callback in self.callbacks:
+            callback.on_step(fit)
+        return record
+
+    def _agree(self) -> bool:
+        """Stop all processes for the reason that one has; whether one caught a stop signal."""
+        fit, accelerator = self.fit, self.fit.accelerator
+        flags = [self.signals.caught is not None, fit.stop_reason is not None]
+        if accelerator.num_processes == 1:
+            return flags[0]
+        reduce: Any = accelerator.reduce
+        caught, stopped = reduce(
+            torch.tensor(flags, dtype=torch.float32, device=accelerator.device), "sum"
+        ).tolist()
+        if stopped:
+            reasons = gather_object([fit.stop_reason])
+            fit.stop(next(reason for reason in reasons if reason is not None))
+        return bool(caught)
+
+    def _over(self) -> bool:
+        return self.fit.step >= self.fit.num_steps or self.fit.stop_reason is not None
+
+    def _settle(self, *, resumed: bool = False) -> None:
+        """Evaluate and save what is due after a step; after a stop signal, what was left undone."""
+        evaluations = self.fit.evaluations
+        last = evaluations[-1]["step"] if evaluations else 0
+        evaluating = False
+        if self.evaluate is not None and last < self.fit.step and self._due(self.eval_every):
+            evaluating = True
+            self._evaluate(self.evaluate)
+        if self.saver is not None and self._due(self.saver.every) and (evaluating or not resumed):
+            self._save()
+
+    def _due(self, every: int) -> bool:
+        return self._over() or self.fit.step % every == 0
+
+    def _evaluate(self, evaluate: Evaluate) -> None:
+        fit = self.fit
+        self.trainer.check_weights(fit.step)
+        with _averages_in_place(fit):
+            with random_state_kept():
+                seed_all(Stream.EVALUATION, self.trainer.settings.seed, fit.step)
+                result = evaluate(fit.tower)
+            # Not all: of 11,000 classes an `Evaluation` lists 128 million similarities.
+            numbers = {k: v for k, v in result.items() if isinstance(v, (int, float))}
+            plain = _files.plain(numbers)
+            if fit.accelerator.num_processes > 1:
+                # Devices may differ in the last bit, and callbacks must decide alike.
+                (plain,) = broadcast_object_list([plain])
+            fit.evaluations.append({"step": fit.step, **plain})
+            for callback in self.callbacks:
+                callback.on_evaluation(fit)
+        self._agree()
+
+    def _save(self) -> None:
+        if self.saver is not None:
+            self.trainer.check_weights(self.fit.step)
+            self.saver.save()
+
+
+@contextmanager
+def _averages_in_place(fit: FitState) -> Iterator[None]:
+    if fit.averages is None:
+        yield
+        return
+    weights = [parameter.detach().clone() for parameter in fit.parameters]
+    _copy(fit.averages, fit.parameters)
+    try:
+        yield
+    finally:
+        _copy(weights, fit.parameters)
+
+
+def _copy(source: Sequence[Tensor], target: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        for old, new in zip(target, source, strict=True):
+            old.copy_(new)

@@ -1,0 +1,76 @@
+"""What the steps of a fit are made with: numbers and choices, checked once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from pairclip import _checks
+
+OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+Schedule = Literal["cosine", "linear", "constant"]
+Precision = Literal["auto", "no", "bf16", "fp16"]
+LEARNING_RATE = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The arguments of `Finetuner` that are plain values, as its docstring describes them.
+
+    Raises:
+        TypeError: If one is of the wrong kind.
+        ValueError: If one is out of range, or would be ignored.
+    """
+
+    learning_rate: float
+    weight_decay: float
+    warmup_ratio: float
+    schedule: Schedule
+    optimizer: OptimizerFactory | None
+    precision: Precision
+    max_grad_norm: float | None
+    micro_batch_size: int | None
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "weight_decay", "warmup_ratio", "max_grad_norm"):
+            if name != "max_grad_norm" or self.max_grad_norm is not None:
+                _checks.check_number(name, getattr(self, name))
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ValueError(
+                f"`learning_rate` must be positive and finite, got {self.learning_rate}."
+            )
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise ValueError(f"`weight_decay` must be at least 0, got {self.weight_decay}.")
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"`warmup_ratio` must be in [0, 1), got {self.warmup_ratio}.")
+        _checks.check_choice("schedule", self.schedule, ("cosine", "linear", "constant"))
+        _checks.check_choice("precision", self.precision, ("auto", "no", "bf16", "fp16"))
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(
+                f"`max_grad_norm` must be positive, got {self.max_grad_norm}. None clips nothing."
+            )
+        if self.optimizer is not None:
+            self._check_optimizer()
+        if self.micro_batch_size is not None:
+            _checks.check_positive_int("micro_batch_size", self.micro_batch_size)
+        object.__setattr__(self, "seed", _checks.check_count("seed", self.seed))
+
+    def _check_optimizer(self) -> None:
+        if not callable(self.optimizer):
+            raise TypeError(
+                "`optimizer` must be a callable that takes the parameters, for instance "
+                "`lambda parameters: torch.optim.SGD(parameters, lr=0.1)`, got "
+                f"{self.optimizer!r}."
+            )
+        if self.learning_rate != LEARNING_RATE or self.weight_decay:
+            raise ValueError(
+                f"`learning_rate` {self.learning_rate} and `weight_decay` {self.weight_decay} are "
+                "for the default AdamW and would be ignored. Set them in the `optimizer` that you "
+                "give."
+            )
