@@ -14,6 +14,8 @@ from contenders.task import (
     PER_CLASS,
     RATE,
     Factory,
+    Method,
+    Objective,
     Passes,
     Work,
     count_of,
@@ -96,3 +98,32 @@ def neighbors(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
 
     scores, _ = nearest_neighbors(embeddings, k=NEAREST)
     return {"mean_score": float(scores.mean())}
+
+
+def objective(**options: Any) -> Method:
+    """All pairs of a batch."""
+
+    def make(classes: int, width: int) -> Objective:
+        from pairclip import AllPairsCosineLoss
+
+        return Objective(AllPairsCosineLoss(**{"positive_fraction": 0.2, **options}))
+
+    return make
+
+
+def random_pairs(classes: int, width: int) -> Objective:
+    """The plain formula on random pairs, of which one in ten match."""
+    from pairclip import CosinePairLoss
+
+    return Objective(CosinePairLoss(), matching=0.1)
+
+
+OBJECTIVES: dict[str, Method] = {
+    "squared": objective(negatives="squared"),
+    "hinge 0.2": objective(negatives="hinge", margin=0.2),
+    "hinge 0.5": objective(negatives="hinge", margin=0.5),
+    "hinge 0.7": objective(negatives="hinge", margin=0.7),
+    "hinge 0.9": objective(negatives="hinge", margin=0.9),
+    "linear": objective(negatives="linear"),
+    "linear, random pairs": random_pairs,
+}

@@ -12,6 +12,8 @@ from contenders.task import (
     MARGIN,
     PER_CLASS,
     Factory,
+    Method,
+    Objective,
     Passes,
     Work,
     adamw,
@@ -98,3 +100,45 @@ def metrics(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
     return dict(
         zip(("precision_at_1", "r_precision", "map_at_r"), map(found.get, names), strict=True)
     )
+
+
+def objective(name: str, **options: Any) -> Method:
+    """A loss of its name, with the options of its paper or of its documentation."""
+
+    def make(classes: int, width: int) -> Objective:
+        from pytorch_metric_learning import losses
+
+        if name in ("ArcFaceLoss", "NormalizedSoftmaxLoss", "ProxyAnchorLoss"):
+            options.update(num_classes=classes, embedding_size=width)
+        return Objective(getattr(losses, name)(**options))
+
+    return make
+
+
+def mined_triplets(classes: int, width: int) -> Objective:
+    """Triplets whose negative is further than the positive, but within the margin."""
+    import torch
+    from pytorch_metric_learning.losses import TripletMarginLoss
+    from pytorch_metric_learning.miners import TripletMarginMiner
+
+    class Mined(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.loss = TripletMarginLoss(margin=0.2)
+            self.miner = TripletMarginMiner(margin=0.2, type_of_triplets="semihard")
+
+        def forward(self, embeddings: Tensor, labels: Tensor) -> Any:
+            return self.loss(embeddings, labels, self.miner(embeddings, labels))
+
+    return Objective(Mined())
+
+
+OBJECTIVES: dict[str, Method] = {
+    "PML NTXent": objective("NTXentLoss", temperature=0.1),
+    "PML SupCon": objective("SupConLoss", temperature=0.1),
+    "PML MultiSimilarity": objective("MultiSimilarityLoss"),
+    "PML ProxyAnchor": objective("ProxyAnchorLoss"),
+    "PML NormalizedSoftmax": objective("NormalizedSoftmaxLoss"),
+    "PML ArcFace": objective("ArcFaceLoss"),
+    "PML Triplet, semihard": mined_triplets,
+}

@@ -20,6 +20,22 @@ Passes = Callable[[], int]
 Factory = Callable[[Any], Passes]
 
 
+class Objective(NamedTuple):
+    """What a method minimises.
+
+    Attributes:
+        loss: Of embeddings and labels.
+        matching: Share of matching pairs in batches of pairs; None for P x K.
+    """
+
+    loss: Any
+    matching: float | None = None
+
+
+# Makes a method's objective, from the number of classes and the width of the embeddings.
+Method = Callable[[int, int], Objective]
+
+
 class Work(NamedTuple):
     """What all contenders do, and what they call after each step."""
 
