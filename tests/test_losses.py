@@ -201,7 +201,7 @@ def test_hinge_over_all_pairs_is_metric_learnings_contrastive_loss(batch, margin
         assert_close(ours, theirs)
 
 
-@settings(checked, max_examples=200)
+@settings(checked, max_examples=120)
 @given(batches(), forms, fractions)
 def test_all_pairs_are_the_brute_force(batch, form, fraction):
     rows, labels = batch
@@ -286,7 +286,7 @@ def test_length_of_addition_chains_and_pieces_does_not_matter(batch, form, fract
         assert_close(ours, theirs)
 
 
-@settings(checked, max_examples=150)
+@settings(checked, max_examples=80)
 @given(batches(), forms, fractions, st.sampled_from([2, 256]))
 def test_class_slots_of_an_accelerator_give_the_same(batch, form, fraction, chain):
     rows, labels = batch
@@ -579,7 +579,7 @@ def float32_and_float64(rows, labels, **options):
 @each_form
 @each_fraction
 def test_one_class_of_two_among_single_items_is_not_lost_in_float32(form, fraction):
-    size, width = (4096, 64) if form["negatives"] == "hinge" else (32768, 16)
+    size, width = (1024, 32) if form["negatives"] == "hinge" else (32768, 16)
     rows = 0.3 + random_rows(size, width, dtype=torch.float32)
     labels = torch.arange(size)
     labels[-1] = labels[5]
@@ -598,7 +598,7 @@ def test_one_class_of_two_among_single_items_is_not_lost_in_float32(form, fracti
 @each_form
 @each_fraction
 def test_one_single_item_beside_a_class_of_thousands_is_not_lost_in_float32(form, fraction):
-    size, width = (4096, 64) if form["negatives"] == "hinge" else (32768, 16)
+    size, width = (1024, 32) if form["negatives"] == "hinge" else (32768, 16)
     rows = 0.3 + random_rows(size, width, dtype=torch.float32)
     labels = torch.zeros(size, dtype=torch.int64)
     labels[7] = 1
@@ -641,8 +641,8 @@ def test_rounding_of_single_items_does_not_add_up_in_float32(seed):
 
 @each_form
 def test_gradients_of_the_pair_loss_pass_gradcheck_twice(form):
-    a, b = (rows.requires_grad_() for rows in random_rows(2, 6, 3, seed=1))
-    same = torch.arange(6) % 2 == 0
+    a, b = (rows.requires_grad_() for rows in random_rows(2, 4, 3, seed=1))
+    same = torch.arange(4) % 2 == 0
     for reduction in "mean", "none":
         loss = CosinePairLoss(reduction=reduction, **form)
         assert torch.autograd.gradcheck(loss, (a, b, same))
@@ -650,11 +650,9 @@ def test_gradients_of_the_pair_loss_pass_gradcheck_twice(form):
 
 
 @each_form
-@each_fraction
-@pytest.mark.parametrize("shape", [(9, 3), (5, 7)])
-def test_gradients_of_all_pairs_pass_gradcheck(form, fraction, shape):
-    rows = random_rows(*shape, seed=1).requires_grad_()
-    loss = AllPairsCosineLoss(positive_fraction=fraction, **form)
+def test_gradients_of_all_pairs_pass_gradcheck(form):
+    rows = random_rows(7, 3, seed=1).requires_grad_()
+    loss = AllPairsCosineLoss(positive_fraction=0.3, **form)
     assert torch.autograd.gradcheck(loss, (rows, torch.arange(len(rows)) % 3))
 
 

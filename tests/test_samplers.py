@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from pairclip import ClassBalancedSampler, PairSampler, samplers
 
-checked = settings(deadline=None, derandomize=True, max_examples=200)
+checked = settings(deadline=None, derandomize=True, max_examples=100)
 
 counts = st.one_of(st.none(), st.integers(1, 9))
 seeds = st.integers(0, 5)
@@ -110,7 +110,7 @@ def is_possible(labels, pairs_per_batch, positive_fraction, class_balanced, **_)
     )
 
 
-@settings(checked, max_examples=500)
+@settings(checked, max_examples=150)
 @given(any_pairs())
 def test_exactly_the_impossible_pairs_are_refused(options):
     if is_possible(**options):
@@ -120,7 +120,7 @@ def test_exactly_the_impossible_pairs_are_refused(options):
             quiet(PairSampler, **options)
 
 
-@settings(checked, max_examples=500)
+@settings(checked, max_examples=150)
 @given(possible_pairs(), chunks)
 def test_every_batch_of_pairs_is_as_asked_for(options, chunk):
     sampler = quiet(PairSampler, **options)
@@ -142,7 +142,7 @@ def test_every_batch_of_pairs_is_as_asked_for(options, chunk):
                     assert len(set(anchors.tolist())) == pairs
 
 
-@settings(checked, max_examples=400)
+@settings(checked, max_examples=150)
 @given(possible_pairs(num_batches=None, class_balanced=False))
 def test_every_item_is_an_anchor_in_every_epoch_where_there_are_places(options):
     sampler = quiet(PairSampler, **options)
@@ -167,7 +167,7 @@ def test_no_item_anchors_again_before_the_last_batch(options):
     assert len(set(anchors)) == len(anchors)
 
 
-@settings(checked, max_examples=400)
+@settings(checked, max_examples=150)
 @given(possible_pairs(class_balanced=True))
 def test_balanced_classes_anchor_equally_often(options):
     sampler = quiet(PairSampler, **options)
@@ -272,12 +272,12 @@ def test_partners_are_drawn_evenly(class_balanced, matching):
 def test_matching_pairs_stand_anywhere_in_a_batch(chunk, monkeypatch):
     monkeypatch.setattr(samplers, "_PAIRS_AT_ONCE", chunk)
     labels = np.arange(40) % 5
-    batches = np.array(list(PairSampler(labels, 8, positive_fraction=0.25, num_batches=5000)))
+    batches = np.array(list(PairSampler(labels, 8, positive_fraction=0.25, num_batches=2000)))
     matches = labels[batches[:, 0::2]] == labels[batches[:, 1::2]]
     assert chisquare(matches.sum(0)).pvalue > 0.001
 
 
-@settings(checked, max_examples=500)
+@settings(checked, max_examples=150)
 @given(possible_classes())
 def test_every_batch_holds_k_items_of_p_classes(options):
     sampler = quiet(ClassBalancedSampler, **options)
