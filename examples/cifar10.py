@@ -11,7 +11,6 @@ Writes the figures, pictures before and after, and the tuned tower into --output
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from accelerate import Accelerator
 from torch.utils.data import Subset
 
 import pairclip
+from pairclip._files import write_json
 from pairclip.towers import random_tower
 
 OFFLINE_NOTE = (
@@ -158,7 +158,7 @@ def run(args: argparse.Namespace, process: Accelerator) -> None:
     print("\n" + after.to_markdown(before))
     metrics = {"before": before.to_dict(), "after": after.to_dict(), "config": config}
     note = "\n(offline: digits, random tower)" if args.offline else ""
-    (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    write_json(output / "metrics.json", metrics, indent=1)
     for when, similarity, evaluation in [
         ("before", similarity_before, before),
         ("after", similarity_after, after),

@@ -23,6 +23,7 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import pairclip
+from pairclip._files import write_json
 from pairclip.towers import random_tower
 
 OFFLINE_NOTE = (
@@ -138,9 +139,7 @@ def index_of(
     index = pairclip.ImageIndex.build(tower, readable, num_workers=num_workers)
     index.save(saved)
     # Last and at once, so that it never tells of an index that is not there.
-    unfinished = contents.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps({"files": files, "unreadable": unreadable}), encoding="utf-8")
-    os.replace(unfinished, contents)
+    write_json(contents, {"files": files, "unreadable": unreadable})
     return index
 
 

@@ -429,19 +429,19 @@ class _Operations:
 
 def _tear_file(number: int) -> None:
     """SIGKILL this process in the middle of a tensor file."""
-    import safetensors.torch
+    from pairclip.checkpoints import writing
 
-    serialize_file = safetensors.torch.serialize_file
+    write_tensors = writing.write_tensors
 
-    def torn(tensors: Any, path: Path, **options: Any) -> None:
+    def torn(file: Any, tensors: Any) -> None:
         nonlocal number
-        serialize_file(tensors, path, **options)
+        write_tensors(file, tensors)
         number -= 1
         if number < 0:
-            os.truncate(path, os.stat(path).st_size // 2)
+            file.truncate(file.tell() // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    safetensors.torch.serialize_file = torn
+    writing.write_tensors = torn
 
 
 def _serve() -> None:

@@ -10,16 +10,14 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from kills import every_kill, killed_at
 from torch import nn
 from torchvision import transforms
 
@@ -29,11 +27,10 @@ from pairclip import (
     VisionTower,
     _files,
     best_checkpoint,
-    checkpoints,
     load_tower,
     newest_checkpoint,
 )
-from pairclip.checkpoints import differences, remove_leftovers, write_checkpoint
+from pairclip.checkpoints import differences, remove_leftovers, write_checkpoint, writing
 
 FILES = ["weights.safetensors", "training.safetensors", "state.json", "manifest.json"]
 LOSS = AllPairsCosineLoss(negatives="squared", positive_fraction=0.5)
@@ -345,50 +342,6 @@ def test_a_checkpoint_that_is_a_link_does_not_end_all_checkpoints(tmp_path: Path
 # --- Killed while writing -------------------------------------------------------------------------
 
 
-def killed_at(number: int, work: Callable[[], object]) -> bool:
-    """Do the work in a process that SIGKILLs itself before file operation `number`; whether it did.
-
-    File operations are those that Python announces: opening, making, renaming, removing.
-    """
-    with warnings.catch_warnings():
-        # Python 3.12 and later warn of forks beside threads; the child takes no lock of theirs.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
-    if not child:
-        left = number
-
-        def watch(event: str, _: Any) -> None:
-            nonlocal left
-            if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"):
-                if not left:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                left -= 1
-
-        status = 1
-        try:
-            sys.addaudithook(watch)
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    _, status = os.waitpid(child, 0)
-    assert status in (0, signal.SIGKILL), status
-    return status == signal.SIGKILL
-
-
-def every_kill(directory: Path, work: Callable[[Path], object]) -> Iterator[Path]:
-    """Copies of the directory, each as a kill at another moment of the work leaves it."""
-    number = 0
-    while True:
-        copied = directory.with_name(f"killed-at-{number}")
-        shutil.copytree(directory, copied)
-        if not killed_at(number, lambda where=copied: work(where)):
-            assert number > 10
-            return
-        yield copied
-        number += 1
-
-
 def test_a_kill_at_any_moment_leaves_whole_checkpoints(tmp_path: Path) -> None:
     saved = tmp_path / "saved"
     write(saved, 1, figure=0.9, keep=9)
@@ -438,15 +391,15 @@ def test_a_kill_in_the_middle_of_a_tensor_file_leaves_the_last(
     tmp_path: Path, monkeypatch, file: str
 ) -> None:
     write(tmp_path, 1)
-    serialize_file = safetensors.torch.serialize_file
+    write_tensors = writing.write_tensors
 
-    def torn(tensors: Any, path: Path, **options: Any) -> None:
-        serialize_file(tensors, path, **options)
-        if Path(path).name == file:
-            os.truncate(path, os.stat(path).st_size // 2)
+    def torn(opened: Any, tensors: Any) -> None:
+        write_tensors(opened, tensors)
+        if Path(opened.name).name == file:
+            opened.truncate(opened.tell() // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(safetensors.torch, "serialize_file", torn)
+    monkeypatch.setattr(writing, "write_tensors", torn)
     assert killed_at(10**6, lambda: write(tmp_path, 2))
     assert newest_checkpoint(tmp_path).step == 1
     assert len(list(tmp_path.glob(".step-00000002.*"))) == 1
@@ -578,7 +531,7 @@ def test_a_renamed_checkpoint_is_not_of_another_step(tmp_path: Path) -> None:
 def test_a_newer_format_is_not_passed_over(tmp_path: Path, monkeypatch) -> None:
     write(tmp_path, 1)
     with monkeypatch.context() as later:
-        later.setattr(checkpoints, "_FORMAT", 2)
+        later.setattr(writing, "FORMAT", 2)
         write(tmp_path, 2)
     for find in (newest_checkpoint, best_checkpoint):
         with pytest.raises(ValueError, match=r"step-00000002' has format 2, .* up to 1\. Update"):
@@ -589,7 +542,7 @@ def test_a_newer_format_is_kept_and_not_trained_over(
     tower: VisionTower, images: Any, tmp_path: Path, monkeypatch
 ) -> None:
     with monkeypatch.context() as later:
-        later.setattr(checkpoints, "_FORMAT", 2)
+        later.setattr(writing, "FORMAT", 2)
         fit(tower, images, tmp_path, 2)
     for resume in (True, False):
         with pytest.raises(ValueError, match=r"has format 2, .* Update pairclip"):
@@ -697,8 +650,8 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
     [
         (os, "fsync", 0, FULL),
         (os, "fsync", 3, OSError(errno.EIO, "Input/output error")),
-        (safetensors.torch, "serialize_file", 0, SafetensorError("No space left on device")),
-        (safetensors.torch, "serialize_file", 1, SafetensorError("No space left on device")),
+        (writing, "write_tensors", 0, FULL),
+        (writing, "write_tensors", 1, FULL),
         (Path, "write_text", 0, FULL),
         (Path, "write_text", 1, FULL),
         (os, "mkdir", 0, FULL),

@@ -1,4 +1,4 @@
-"""Evaluations: each figure against a direct computation, the tables, and the files."""
+"""Evaluations: each metric against a direct computation, the tables, and the files."""
 
 import json
 from dataclasses import fields
@@ -19,9 +19,9 @@ from pairclip import (
     mean_average_precision,
     recall_at_k,
 )
-from pairclip._bootstrap import paired_intervals
-from pairclip._class_order import similarity_order
 from pairclip.evaluation import Change, PairHistogram
+from pairclip.evaluation.comparison import paired_intervals
+from pairclip.evaluation.showing import similarity_order
 from pairclip.retrieval import pair_separation
 
 
@@ -32,7 +32,7 @@ def sample(classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     return centres[labels] + torch.randn(80, 8, generator=generator), labels
 
 
-def test_figures_are_those_of_their_own_functions() -> None:
+def test_metrics_are_those_of_their_own_functions() -> None:
     rows, labels = sample()
     found = evaluate_embeddings(rows, labels)
     for k in (1, 5, 10):
@@ -139,7 +139,7 @@ def before_and_after() -> tuple[Evaluation, Evaluation]:
     return evaluate_embeddings(rows + 3 * noise, labels), evaluate_embeddings(rows, labels)
 
 
-def test_figures_of_pairs_are_those_of_their_own_function() -> None:
+def test_metrics_of_pairs_are_those_of_their_own_function() -> None:
     rows, labels = sample()
     found, pairs = evaluate_embeddings(rows, labels), pair_separation(rows, labels)
     for key in ("same_std", "different_std", "gap", "roc_auc", "roc_auc_error", "best_threshold"):
@@ -149,7 +149,7 @@ def test_figures_of_pairs_are_those_of_their_own_function() -> None:
     assert found.histogram.different.sum() == pairs.num_different
 
 
-def test_figures_are_means_over_queries_and_classes() -> None:
+def test_metrics_are_means_over_queries_and_classes() -> None:
     rows, labels = sample()
     labels[7] = 9
     with pytest.warns(UserWarning, match="1 of 80 queries were left out"):
@@ -166,7 +166,7 @@ def test_figures_are_means_over_queries_and_classes() -> None:
     np.testing.assert_array_equal(right, found.per_query["recall_at_1"])
 
 
-def test_tables_show_figures_and_changes() -> None:
+def test_tables_show_metrics_and_changes() -> None:
     before, after = before_and_after()
     table = after.to_markdown(before).splitlines()
     assert table[0] == "| | before | after | change | 95 % interval |"
@@ -209,7 +209,7 @@ def test_intervals_are_those_of_a_plain_bootstrap() -> None:
 def test_the_number_of_resamples_at_once_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     before, after = np.random.default_rng(3).random((2, 2, 50))
     at_once = paired_intervals(before, after)
-    monkeypatch.setattr("pairclip._bootstrap._BATCH_VALUES", 700)
+    monkeypatch.setattr("pairclip.evaluation.comparison._BATCH_VALUES", 700)
     np.testing.assert_allclose(paired_intervals(before, after), at_once, rtol=0, atol=1e-12)
 
 

@@ -8,7 +8,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kills import killed_at
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -366,11 +366,11 @@ def test_a_damaged_or_foreign_file_is_computed_again_aloud(tower, images, tmp_pa
     content, foreign = path.read_bytes(), tmp_path / "foreign"
     save_file({"features": torch.zeros(48, 5, 32)}, foreign)
     for damaged, message in (
-        (content[:-1], "are damaged"),
-        (content + b"x", "are damaged"),
-        (content[:100], "are damaged"),
-        (b"", "are damaged"),
-        (b"\xff" * 64 + content[64:], "are damaged"),
+        (content[:-1], "is damaged"),
+        (content + b"x", "is damaged"),
+        (content[:100], "is damaged"),
+        (b"", "is damaged"),
+        (b"\xff" * 64 + content[64:], "is damaged"),
         (foreign.read_bytes(), "was not written by `cache_features`"),
     ):
         path.write_bytes(damaged)
@@ -388,62 +388,35 @@ def test_a_damaged_or_foreign_file_is_computed_again_aloud(tower, images, tmp_pa
         CachedFeatures(tmp_path / "nothing")
 
 
-WRITER = """
-import time
-from pathlib import Path
-import numpy as np, torch
-from pairclip import load_tower
-from pairclip.features import cache_features
+class Deadly(Opaque):
+    """Kills the process that reads it from memory, once the file is begun."""
 
-class Slow:
-    targets = [0, 1] * 24
-    def __len__(self): return 48
-    def __getitem__(self, index):
-        if index == 40 and list(cache.glob(".*.unfinished")): time.sleep(60)
-        return np.full((16, 16, 3), index, np.uint8), self.targets[index]
-
-cache = Path({cache!r})
-trunk, _ = load_tower({tower!r}).split(1)
-cache_features(trunk, Slow(), cache, batch_size=4, dtype=torch.float32)
-"""
-
-
-class Numbered(Dataset[Any]):
-    """What the writer above reads."""
-
-    targets = (0, 1) * 24
-
-    def __len__(self) -> int:
-        return 48
+    folder: Path
 
     def __getitem__(self, index: int) -> Any:
-        return np.full((16, 16, 3), index, np.uint8), self.targets[index]
+        if index == 40 and list(self.folder.glob(".features-*")):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
 
 
-def test_a_killed_writer_leaves_no_features(tower, tmp_path) -> None:
-    cache = tmp_path / "cache"
-    tower.save_pretrained(tmp_path / "tower")
-    code = WRITER.format(tower=str(tmp_path / "tower"), cache=str(cache))
-    writer = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code])
-    deadline = time.monotonic() + 60
-    while not (cache.exists() and files(cache)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(0.3)
-    writer.send_signal(signal.SIGKILL)
-    assert writer.wait() == -signal.SIGKILL
-    (leftover,) = cache.iterdir()
-    assert leftover.name.endswith(".unfinished")
-
+def test_a_killed_writer_leaves_no_features(tower, images, tmp_path) -> None:
     trunk, _ = tower.split(1)
-    features = cache_features(trunk, Numbered(), cache, dtype=torch.float32)
-    pictures = np.stack([Numbered()[i][0] for i in range(48)])
+    data = Deadly(images[0])
+    data.folder = tmp_path
+    options = {"batch_size": 4, "dtype": torch.float32}
+    assert killed_at(10**6, lambda: cache_features(trunk, data, tmp_path, **options))
+    (leftover,) = tmp_path.iterdir()
+    assert leftover.name.startswith(".features-")
+
+    features = cache_features(trunk, Opaque(images[0]), tmp_path, dtype=torch.float32)
     values = torch.stack([features[i][0] for i in range(48)])
-    assert_close(values, by_hand(trunk, pictures), rtol=1e-5, atol=1e-6)
+    assert_close(values, by_hand(trunk, images[0]), rtol=1e-5, atol=1e-6)
     # It may be another run's that goes on; after a day it is not.
     assert leftover.exists()
     old = time.time() - 25 * 3600
     os.utime(leftover, (old, old))
-    cache_features(trunk, Numbered(), cache)
+    features.path.unlink()
+    cache_features(trunk, Opaque(images[0]), tmp_path, dtype=torch.float32)
     assert not leftover.exists()
 
 

@@ -33,22 +33,9 @@ ORDER = [
     "report",
 ]
 # Private modules belong to the room that uses them first.
-PRIVATE = {
-    "_all_figures": "retrieval",
-    "_blocks": "retrieval",
-    "_bootstrap": "evaluation",
-    "_class_order": "plots",
-    "_epochs": "samplers",
-    "_figures": "evaluation",
-    "_index_files": "index",
-    "_packing": "checkpoints",
-    "_pairs": "retrieval",
-    "_pictured": "plots",
-    "_ranking": "retrieval",
-    "_results": "evaluation",
-}
+PRIVATE: dict[str, str] = {}
 # The ground under all rooms; each file imports only from those before it.
-SHARED = ["_version", "_checks", "_vectors", "_randomness", "_files"]
+SHARED = ["_version", "_checks", "_vectors", "_randomness", "_tensors", "_files"]
 NUMERICAL = ("losses", "samplers", "similarity", "retrieval")
 
 

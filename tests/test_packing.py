@@ -13,8 +13,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
-from pairclip._packing import pack, unpack
 from pairclip.checkpoints import Checkpoint, write_checkpoint
+from pairclip.checkpoints.packing import pack, unpack
 
 DTYPES = [
     torch.float64,

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from pairclip import Evaluation, History, evaluate_embeddings
-from pairclip._class_order import similarity_order
+from pairclip.evaluation.showing import similarity_order
 from pairclip.plots import (
     plot_class_similarity,
     plot_history,

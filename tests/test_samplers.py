@@ -1,5 +1,6 @@
 """Batch samplers: what every batch and every epoch holds, and that both can be resumed."""
 
+import doctest
 import json
 import time
 import warnings
@@ -13,7 +14,8 @@ from hypothesis import assume, given, settings, strategies as st
 from scipy.stats import chisquare
 from torch.utils.data import DataLoader
 
-from pairclip import ClassBalancedSampler, PairSampler, samplers
+from pairclip import ClassBalancedSampler, PairSampler
+from pairclip.samplers import decks, pair_sampler
 
 checked = settings(deadline=None, derandomize=True, max_examples=100)
 
@@ -127,7 +129,7 @@ def test_every_batch_of_pairs_is_as_asked_for(options, chunk):
     labels, pairs = np.array(options["labels"]), options["pairs_per_batch"]
     matching = int(options["positive_fraction"] * pairs + 0.5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(samplers, "_PAIRS_AT_ONCE", chunk)
+        patch.setattr(pair_sampler, "_PAIRS_AT_ONCE", chunk)
         for _ in range(2):
             epoch = list(sampler)
             assert len(epoch) == len(sampler)
@@ -270,7 +272,7 @@ def test_partners_are_drawn_evenly(class_balanced, matching):
 
 @pytest.mark.parametrize("chunk", [8, 1 << 16])
 def test_matching_pairs_stand_anywhere_in_a_batch(chunk, monkeypatch):
-    monkeypatch.setattr(samplers, "_PAIRS_AT_ONCE", chunk)
+    monkeypatch.setattr(pair_sampler, "_PAIRS_AT_ONCE", chunk)
     labels = np.arange(40) % 5
     batches = np.array(list(PairSampler(labels, 8, positive_fraction=0.25, num_batches=2000)))
     matches = labels[batches[:, 0::2]] == labels[batches[:, 1::2]]
@@ -398,7 +400,7 @@ def test_set_epoch_goes_to_the_start_of_any_epoch(name):
 @each_sampler
 @pytest.mark.parametrize("chunk", [1, 3, 7, 1 << 16])
 def test_state_continues_with_the_very_next_batch_from_every_position(name, chunk, monkeypatch):
-    monkeypatch.setattr(samplers, "_PAIRS_AT_ONCE", chunk)
+    monkeypatch.setattr(pair_sampler, "_PAIRS_AT_ONCE", chunk)
     length = len(sampler_of(name))
     expected = list(islice(stream(sampler_of(name, seed=2)), 4 * length))
     for position in range(2 * length + 2):
@@ -622,3 +624,9 @@ def test_a_million_labels_take_seconds(make):
     sampler = make(labels)
     assert sum(1 for _ in sampler) == len(sampler)
     assert time.perf_counter() - start < 15
+
+
+def test_the_example_of_the_decks_is_right():
+    failed, attempted = doctest.testmod(decks)
+    assert attempted > 3
+    assert not failed

@@ -5,37 +5,33 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
-import struct
-import time
-import uuid
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from pairclip import _checks
+from pairclip import _checks, _files
 from pairclip._randomness import random_state
+from pairclip._tensors import MappedTensors, bytes_of, write_header
 from pairclip.datasets import LabelledImages
 from pairclip.embedding import Pixels, pixel_batches
 from pairclip.towers import VisionTower
-from pairclip.towers.base import bytes_of
 from pairclip.towers.splitting import Trunk
 
 _FORMAT = "pairclip features 1"
-_DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Images that are decoded to tell one dataset from another, where each image's file or values
 # are looked at too, and where only these few are.
 _SAMPLE, _LARGE_SAMPLE = 16, 256
-_ABANDONED_SECONDS = 24 * 3600
 
 
 class CachedFeatures(Dataset[tuple[Tensor, int]]):
@@ -179,15 +175,11 @@ def cache_features(
 
 
 def _open(path: Path) -> tuple[dict[str, str], Tensor, Tensor]:
-    """Metadata, features (mapped, not read) and labels; safetensors checks header and size."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(f"'{path}' was not written by `cache_features`.")
-            return metadata, file.get_tensor("features"), file.get_tensor("labels").clone()
-    except SafetensorError as error:
-        raise ValueError(f"The cached features in '{path}' are damaged: {error}.") from error
+    """Metadata, features (mapped, not read) and labels."""
+    tensors = MappedTensors(path)
+    if tensors.metadata.get("format") != _FORMAT:
+        raise ValueError(f"'{path}' was not written by `cache_features`.")
+    return tensors.metadata, tensors["features"], tensors["labels"].clone()
 
 
 def _key(trunk: Trunk, pixels: Pixels, dtype: torch.dtype) -> str:
@@ -245,49 +237,38 @@ def _features(trunk: Trunk, batches: Iterable[Tensor], dtype: torch.dtype) -> It
 
 
 def _write(path: Path, batches: Iterable[Tensor], labels: Tensor, metadata: dict[str, str]) -> None:
-    """Write a safetensors file batch by batch; it is there whole, or not at all."""
-    for leftover in path.parent.glob(".features-*.unfinished"):
-        if time.time() - leftover.stat().st_mtime > _ABANDONED_SECONDS:
-            leftover.unlink(missing_ok=True)
-    unfinished = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.unfinished")
+    """Write the file batch by batch."""
     bar = tqdm(total=len(labels), desc="Caching features", unit="image", disable=None)
     try:
-        with unfinished.open("wb") as file, bar:
+        with _files.whole_file(path) as file, bar:
             for position, features in enumerate(batches):
                 if position == 0:
-                    _start(file, features, labels, metadata)
+                    shape = [len(labels), *features.shape[1:]]
+                    _check_space(
+                        path.parent, 8 * len(labels) + math.prod(shape) * features.itemsize
+                    )
+                    # The labels first, whose eight bytes each leave the rest aligned.
+                    layout = {
+                        "labels": (labels.dtype, labels.shape),
+                        "features": (features.dtype, shape),
+                    }
+                    write_header(file, layout, metadata)
+                    file.write(bytes_of(labels))
                 file.write(bytes_of(features))
                 bar.update(len(features))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(
                 error.errno, f"The disk of '{path.parent}' is full, so no features are cached"
             ) from error
         raise
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
-def _start(file: BinaryIO, features: Tensor, labels: Tensor, metadata: dict[str, str]) -> None:
-    """Header of the file, and the labels, whose eight bytes each leave the rest aligned."""
-    shape = [len(labels), *features.shape[1:]]
-    ends = 8 * len(labels), 8 * len(labels) + int(np.prod(shape)) * features.element_size()
-    free = shutil.disk_usage(Path(file.name).parent).free
-    if ends[1] > free:
+def _check_space(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if size > free:
         raise OSError(
             errno.ENOSPC,
-            f"The features need {ends[1] / 1e9:,.2f} GB, and the disk of "
-            f"'{Path(file.name).parent}' has {free / 1e9:,.2f} GB free. Choose another folder",
+            f"The features need {size / 1e9:,.2f} GB, and the disk of '{folder}' has "
+            f"{free / 1e9:,.2f} GB free. Choose another folder",
         )
-    header = {
-        "__metadata__": metadata,
-        "labels": {"dtype": "I64", "shape": [len(labels)], "data_offsets": [0, ends[0]]},
-        "features": {"dtype": _DTYPES[features.dtype], "shape": shape, "data_offsets": ends},
-    }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(struct.pack("<Q", len(text)) + text)
-    file.write(bytes_of(labels))

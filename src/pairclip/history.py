@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pairclip import _files
+
 
 @dataclass
 class History:
@@ -39,8 +41,8 @@ class History:
         return asdict(self)
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Write `to_dict` to a JSON file; its folder must exist."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        """Write `to_dict` to a JSON file, whole or not at all; its folder must exist."""
+        _files.write_json(path, self.to_dict(), indent=1)
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> History:

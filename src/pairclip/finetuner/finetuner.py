@@ -30,7 +30,6 @@ from pairclip.finetuner.batches import (
     RunBatches,
     TrainingItems,
     check_sampler,
-    default_sampler,
 )
 from pairclip.finetuner.identity import config_of, identity_of
 from pairclip.finetuner.loop import Loop
@@ -45,6 +44,7 @@ from pairclip.finetuner.settings import (
 from pairclip.finetuner.step import Trainer
 from pairclip.finetuner.stop_signals import StopSignals, leave_stopping_to_main
 from pairclip.history import History
+from pairclip.samplers import default_sampler
 from pairclip.towers import VisionTower
 from pairclip.towers.base import tower_of
 

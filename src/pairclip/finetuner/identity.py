@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
+from pairclip._tensors import bytes_of
 from pairclip.callbacks import Callback
 from pairclip.checkpoints import trained_tensors
 from pairclip.finetuner.batches import BatchSampler, ItemKey, TrainingItems
 from pairclip.finetuner.step import Trainer
-from pairclip.towers.base import bytes_of, tower_of
+from pairclip.towers.base import tower_of
 
 _SAMPLED_ITEMS = 8
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pairclip import _checks
-from pairclip._pictured import images_of, in_turn, neighbor_is_right
 from pairclip.evaluation import Evaluation
+from pairclip.evaluation.showing import classes_in_turn, images_of, neighbor_is_right
 from pairclip.plots.drawing import new_figure, saved, shortened
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def _rows(evaluation: Evaluation, queries: int | Sequence[int]) -> list[int]:
     if isinstance(queries, (int, np.integer)):
         _checks.check_positive_int("queries", queries)
         everything = list(range(evaluation.num_queries))
-        return in_turn(evaluation.labels[evaluation.queries], everything)[:queries]
+        return classes_in_turn(evaluation.labels[evaluation.queries], everything)[:queries]
     row_of = {int(query): row for row, query in enumerate(evaluation.queries)}
     for query in queries:
         if query not in row_of:

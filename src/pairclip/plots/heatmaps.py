@@ -11,9 +11,9 @@ import numpy.typing as npt
 from torch import Tensor
 
 from pairclip import _checks
-from pairclip._class_order import similarity_order
 from pairclip.datasets import as_rgb
 from pairclip.evaluation import Evaluation
+from pairclip.evaluation.showing import similarity_order
 from pairclip.plots.drawing import new_figure, saved, shortened
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pairclip._pictured import pair_range
 from pairclip.evaluation import Evaluation
+from pairclip.evaluation.showing import pair_range
 from pairclip.plots.drawing import DIFFERENT_COLOR, SAME_COLOR, new_figure, saved
 
 if TYPE_CHECKING:

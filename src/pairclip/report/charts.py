@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pairclip._figures import shown
-from pairclip._pictured import pair_range
 from pairclip.evaluation import Evaluation
+from pairclip.evaluation.showing import pair_range
+from pairclip.evaluation.wording import as_text
 from pairclip.finetuner import History
 from pairclip.report.html import Html, element, joined, scrolling
 
@@ -125,10 +125,10 @@ def _histogram(
             element("line", x1=x, x2=x, y1=_TOP, y2=_HEIGHT - _BOTTOM, class_="line threshold")
         )
     label = (
-        f"{when}: pairs of one class have mean similarity {shown(evaluation.same_mean)} (standard "
-        f"deviation {shown(evaluation.same_std)}), pairs of different classes "
-        f"{shown(evaluation.different_mean)} ({shown(evaluation.different_std)}); best threshold "
-        f"{shown(threshold)}."
+        f"{when}: pairs of one class have mean similarity {as_text(evaluation.same_mean)} "
+        f"(standard deviation {as_text(evaluation.same_std)}), pairs of different classes "
+        f"{as_text(evaluation.different_mean)} ({as_text(evaluation.different_std)}); "
+        f"best threshold {as_text(threshold)}."
     )
     chart = _chart(label, *drawn, *_axes(frame, "cosine similarity of two images"))
     return element("figure", element("figcaption", when), chart)
@@ -200,4 +200,4 @@ def _evaluations(history: History) -> Html:
 
 
 def _or_dash(value: float | None) -> str:
-    return "-" if value is None else shown(value)
+    return "-" if value is None else as_text(value)

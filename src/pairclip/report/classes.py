@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from pairclip._class_order import similarity_order
-from pairclip._figures import QUERY_TITLES, shown, signed
 from pairclip.evaluation import Evaluation
+from pairclip.evaluation.showing import similarity_order
+from pairclip.evaluation.wording import as_text, signed
 from pairclip.report.colors import heat_class
 from pairclip.report.html import Html, element, scrolling
+from pairclip.retrieval import METRICS
 
 _MOST_CLASSES = 40
 _MOST_VALUES = 12
@@ -67,7 +68,7 @@ def class_table(before: Evaluation | None, after: Evaluation) -> Html:
             "tr",
             element("td", colspan=2),
             *(
-                element("th", QUERY_TITLES[key], scope="colgroup", colspan=len(parts))
+                element("th", METRICS[key].title, scope="colgroup", colspan=len(parts))
                 for key in _PER_CLASS
             ),
         ),
@@ -104,9 +105,9 @@ def _class_metrics(
 ) -> tuple[str, ...]:
     now = float(after.per_class[key][place])
     if before is None:
-        return (shown(now),)
+        return (as_text(now),)
     was = float(before.per_class[key][place])
-    return shown(was), shown(now), signed(now - was)
+    return as_text(was), as_text(now), signed(now - was)
 
 
 def _classes_to_show(evaluations: list[Evaluation]) -> npt.NDArray[np.int64]:
@@ -176,7 +177,7 @@ def _confused(when: str, evaluation: Evaluation, shown_evaluations: dict[str, Ev
             *(
                 element(
                     "td",
-                    shown(float(each.class_similarity[place_of[one], place_of[other]])),
+                    as_text(float(each.class_similarity[place_of[one], place_of[other]])),
                     class_="number",
                 )
                 for each in shown_evaluations.values()

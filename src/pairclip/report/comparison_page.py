@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pairclip import _files
-from pairclip._pictured import images_of
 from pairclip.evaluation import Evaluation
+from pairclip.evaluation.showing import images_of
 from pairclip.finetuner import History
 from pairclip.report.charts import pair_histograms, training
 from pairclip.report.classes import class_table, confused_classes, heatmaps

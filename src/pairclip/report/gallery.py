@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pairclip._pictured import in_turn, neighbor_is_right
 from pairclip.datasets import LabelledImages
 from pairclip.evaluation import Evaluation
+from pairclip.evaluation.showing import classes_in_turn, neighbor_is_right
 from pairclip.report.html import Html, element
 from pairclip.report.thumbnails import Thumbnails
 
@@ -32,7 +32,7 @@ def gallery(shown_evaluations: dict[str, Evaluation], images: LabelledImages) ->
     parts = []
     numbers = _shared_out([len(kind.rows) for kind in kinds], _MOST_QUERIES)
     for kind, number in zip(kinds, numbers, strict=True):
-        chosen = in_turn(after.labels[after.queries], kind.rows.tolist())[:number]
+        chosen = classes_in_turn(after.labels[after.queries], kind.rows.tolist())[:number]
         cases = [_case(kind, row, shown_evaluations, images, thumbnails) for row in chosen]
         which = f", {kind.order}, the classes in turn" if number < len(kind.rows) else ""
         parts.append(

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from pairclip._figures import PAIR_TITLES, QUERY_TITLES, TITLES, Change, shown, signed
-from pairclip._pictured import neighbor_is_right
-from pairclip.evaluation import Evaluation
+from pairclip.evaluation import Change, Evaluation, wording
+from pairclip.evaluation.showing import neighbor_is_right
+from pairclip.evaluation.wording import as_text, signed
 from pairclip.report.html import Html, element, joined, scrolling
+from pairclip.retrieval import METRICS, PAIR_METRICS, QUERY_METRICS
 
-MEANINGS = {
-    "Recall at k": "share of queries with an image of their class among the k nearest",
-    "Precision at 10": "share of the 10 nearest images that are of the query's class",
-    "R-precision": "the same among the R nearest, R being all that the class has to find",
-    "MAP@R": "mean average precision of the R nearest: it rewards right images that come first",
-    "Mean average precision": "the same over all images",
-    "k-nearest-neighbour accuracy": "share of queries whose class wins the vote of the 5 nearest",
-    "Mean similarity": "mean cosine of the embeddings of two images, over all pairs",
-    "ROC AUC of pairs": "chance that a pair of one class is more alike than one of two classes",
-    "Best threshold for pairs": "cosine above which two images are best called of one class; the "
-    "balanced accuracy is what that gives, on these same pairs",
-    "95 % interval": "where the change would lie had other queries of the same kind been drawn "
-    "(paired percentile bootstrap over queries). It leaves out what another seed of the "
-    "training, or other images to search among, would change",
-}
+_INTERVAL = (
+    "where the change would lie had other queries of the same kind been drawn (paired percentile "
+    "bootstrap over queries). It leaves out what another seed of the training, or other images to "
+    "search among, would change"
+)
 
 
 def summary(before: Evaluation | None, after: Evaluation, name: str | None = None) -> Html:
@@ -56,7 +47,7 @@ def summary(before: Evaluation | None, after: Evaluation, name: str | None = Non
 def metrics_table(before: Evaluation | None, after: Evaluation, label: str = "Metrics") -> Html:
     """All metrics, of queries and of pairs, with intervals and marks where there are two."""
     changes = (
-        {key: Change(getattr(after, key), getattr(after, key), None) for key in TITLES}
+        {key: Change(getattr(after, key), getattr(after, key), None) for key in METRICS}
         if before is None
         else after.changes(before)
     )
@@ -73,11 +64,14 @@ def metrics_table(before: Evaluation | None, after: Evaluation, label: str = "Me
         element(
             "tbody",
             element("tr", element("th", title, scope="rowgroup", colspan=len(columns) + 1)),
-            *(_row(titles[key], changes[key], before is not None) for key in titles),
+            *(
+                _row(metric.title, changes[key], before is not None)
+                for key, metric in metrics.items()
+            ),
         )
-        for title, titles in [
-            ("Search: each image among the others", QUERY_TITLES),
-            ("Pairs of images", PAIR_TITLES),
+        for title, metrics in [
+            ("Search: each image among the others", QUERY_METRICS),
+            ("Pairs of images", PAIR_METRICS),
         ]
     ]
     return scrolling(label, element("table", head, *groups, class_="metrics"))
@@ -85,19 +79,20 @@ def metrics_table(before: Evaluation | None, after: Evaluation, label: str = "Me
 
 def meanings() -> Html:
     """What each metric means, folded away."""
-    terms = [joined(element("dt", term), element("dd", text)) for term, text in MEANINGS.items()]
+    entries = {**wording.meanings(), "95 % interval": _INTERVAL}
+    terms = [joined(element("dt", term), element("dd", text)) for term, text in entries.items()]
     return element("details", element("summary", "What the metrics mean"), element("dl", *terms))
 
 
 def _row(title: str, change: Change, compared: bool) -> Html:
     head = element("th", title, scope="row")
-    after = element("td", shown(change.after), class_="number")
+    after = element("td", as_text(change.after), class_="number")
     if not compared:
         return element("tr", head, after)
     return element(
         "tr",
         head,
-        element("td", shown(change.before), class_="number"),
+        element("td", as_text(change.before), class_="number"),
         after,
         change_cell(change),
         element("td", _interval(change), class_="number"),
@@ -119,7 +114,7 @@ def _interval(change: Change) -> str:
 
 
 def _in_words(change: Change) -> str:
-    found = f"from {shown(change.before)} to {shown(change.after)}"
+    found = f"from {as_text(change.before)} to {as_text(change.after)}"
     if change.interval is None:
         return f"{found} ({signed(change.difference)})"
     verdict = "no clear change"
@@ -129,7 +124,7 @@ def _in_words(change: Change) -> str:
 
 
 def _similarities(evaluation: Evaluation) -> str:
-    text = f"the mean similarity of two images of one class is {shown(evaluation.same_mean)}"
+    text = f"the mean similarity of two images of one class is {as_text(evaluation.same_mean)}"
     if len(evaluation.class_names) > 1:
-        text += f", of two classes {shown(evaluation.different_mean)}"
+        text += f", of two classes {as_text(evaluation.different_mean)}"
     return f"{text}."

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import ImageProcessingMixin
 
+from pairclip._tensors import bytes_of
 from pairclip.towers import adapters, freezing
 
 _PIXELS_AT_ONCE = 16 * 224 * 224
@@ -278,13 +278,6 @@ def tower_of(model: object) -> VisionTower:
             "`pairclip.load_tower` makes one of any module."
         )
     return tower
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The values of a tensor on any device, row after row; its own memory where possible."""
-    # NumPy has no bfloat16, but bytes are bytes.
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
 
 
 @contextmanager

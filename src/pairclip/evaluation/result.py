@@ -1,4 +1,4 @@
-"""What an evaluation found: to compare, to save and to show."""
+"""The result of an evaluation: to compare, to save and to show."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pairclip import _files
-from pairclip._bootstrap import paired_intervals
-from pairclip._figures import QUERY_TITLES, TITLES, Change, change_row, shown
+from pairclip.evaluation.comparison import Change, paired_intervals
+from pairclip.evaluation.wording import as_text, change_row
+from pairclip.retrieval import METRICS, QUERY_METRICS
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -55,7 +56,7 @@ class PairHistogram:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Figures of one set of embeddings, each item searched among the others.
+    """Metrics of one set of embeddings, each item searched among the others.
 
     Items of equal similarity count as the expectation over their random order.
 
@@ -86,11 +87,11 @@ class Evaluation:
         class_names: Name of each row of `class_similarity`.
         confused_classes: The most similar pairs of different classes, as
             ``(name, name, mean cosine)``, most similar first.
-        per_class: Mean of each figure of queries over the queries of a class, ``[C]`` float64
-            under the figure's name; NaN where a class has no query.
+        per_class: Mean of each metric of queries over the queries of a class, ``[C]`` float64
+            under the metric's name; NaN where a class has no query.
         labels: Each image's place in `class_names`, int64 ``[N]``.
         queries: Which images are the queries, int64 ``[Q]``.
-        per_query: Each figure of queries for every one, ``[Q]`` float64 under the figure's name.
+        per_query: Each metric of queries for every one, ``[Q]`` float64 under the metric's name.
         neighbors: The nearest images of each query, nearest first, int64 ``[Q, K]``, K at most
             10.
         neighbor_scores: Their cosines, float32 ``[Q, K]``.
@@ -140,13 +141,13 @@ class Evaluation:
     also: dict[str, Evaluation] = field(default_factory=dict)
 
     def changes(self, baseline: Evaluation) -> dict[str, Change]:
-        """Each figure before and after, with how sure the change is.
+        """Each metric before and after, with how sure the change is.
 
         Args:
             baseline: An evaluation of the same images, "before".
 
         Returns:
-            The changes under the figures' names, in the order of the table.
+            The changes under the metrics' names, in the order of the table.
 
         Raises:
             ValueError: If `baseline` is of other images, as far as their number and labels tell.
@@ -163,28 +164,28 @@ class Evaluation:
         """
         _check_comparable(baseline, self)
         intervals = paired_intervals(
-            np.stack([baseline.per_query[key] for key in QUERY_TITLES]),
-            np.stack([self.per_query[key] for key in QUERY_TITLES]),
+            np.stack([baseline.per_query[key] for key in QUERY_METRICS]),
+            np.stack([self.per_query[key] for key in QUERY_METRICS]),
         )
-        of_query = {} if intervals is None else dict(zip(QUERY_TITLES, intervals, strict=True))
+        of_query = {} if intervals is None else dict(zip(QUERY_METRICS, intervals, strict=True))
         return {
             key: Change(
                 getattr(baseline, key),
                 getattr(self, key),
                 (float(of_query[key][0]), float(of_query[key][1])) if key in of_query else None,
             )
-            for key in TITLES
+            for key in METRICS
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures under flat keys, as JSON takes them: None where a figure isn't defined.
+        """The metrics under flat keys, as JSON takes them: None where one isn't defined.
 
         Without what grows with the number of images, which `to_json` writes as well.
         """
-        figures: dict[str, Any] = _files.plain(
+        single: dict[str, Any] = _files.plain(
             {key: value for key, value in vars(self).items() if key not in {*_PER_IMAGE, "also"}}
         )
-        return figures | {"also": {name: found.to_dict() for name, found in self.also.items()}}
+        return single | {"also": {name: other.to_dict() for name, other in self.also.items()}}
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write all of it, queries included, to a file that `from_json` reads; whole or not at all.
@@ -222,11 +223,11 @@ class Evaluation:
             ) from error
 
     def to_markdown(self, baseline: Evaluation | None = None) -> str:
-        """The figures as a Markdown table, and those of `also` below it.
+        """The metrics as a Markdown table, and those of `also` below it.
 
         Args:
             baseline: An evaluation of the same images to compare with, shown as "before".
-                Figures of queries then carry a 95 % paired percentile bootstrap interval of the
+                Metrics of queries then carry a 95 % paired percentile bootstrap interval of the
                 change, over queries; a change whose interval leaves out 0 is in bold. The interval
                 says nothing of other seeds, or of other images to search.
 
@@ -238,11 +239,15 @@ class Evaluation:
         """
         if baseline is None:
             head = ["| | |", "|---|---:|"]
-            rows = [f"| {title} | {shown(getattr(self, key))} |" for key, title in TITLES.items()]
+            rows = [
+                f"| {metric.title} | {as_text(getattr(self, key))} |"
+                for key, metric in METRICS.items()
+            ]
         else:
             head = ["| | before | after | change | 95 % interval |", "|---|---:|---:|---:|:---:|"]
             rows = [
-                change_row(TITLES[key], change) for key, change in self.changes(baseline).items()
+                change_row(METRICS[key].title, change)
+                for key, change in self.changes(baseline).items()
             ]
         tables = ["\n".join(head + rows)]
         for name, evaluation in self.also.items():
@@ -301,5 +306,5 @@ def _field(key: str, value: Any) -> Any:
     if key == "confused_classes":
         return [(one, other, similarity) for one, other, similarity in value]
     if key == "also":
-        return {name: _evaluation(found) for name, found in value.items()}
+        return {name: _evaluation(other) for name, other in value.items()}
     return math.nan if value is None else value

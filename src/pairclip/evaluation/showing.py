@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.spatial.distance import squareform
 
 from pairclip.datasets import LabelledImages
-from pairclip.evaluation import Evaluation
+from pairclip.evaluation.result import Evaluation
 
 
 def images_of(evaluation: Evaluation, dataset: Any) -> LabelledImages:
@@ -44,7 +46,7 @@ def neighbor_is_right(evaluation: Evaluation) -> npt.NDArray[np.bool_]:
     return right
 
 
-def in_turn(classes: npt.NDArray[np.int64], places: Sequence[int]) -> list[int]:
+def classes_in_turn(classes: npt.NDArray[np.int64], places: Sequence[int]) -> list[int]:
     """The places, in their order within a class, but with the classes taking turns."""
     seen: dict[int, int] = {}
     turns = []
@@ -63,3 +65,18 @@ def pair_range(*evaluations: Evaluation) -> tuple[float, float]:
         bounds += [histogram.edges[filled[0]], histogram.edges[filled[-1] + 1]]
     room = 0.02 * (max(bounds) - min(bounds))
     return min(bounds) - room, max(bounds) + room
+
+
+def similarity_order(similarity: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    """Rows of a class similarity matrix as a dendrogram has them, so that like classes meet.
+
+    Average linkage of ``1 - similarity``, with the branches turned as Bar-Joseph, Gifford and
+    Jaakkola do (2001, "Fast optimal leaf ordering for hierarchical clustering"). The diagonal
+    does not matter.
+    """
+    if len(similarity) < 3:
+        return np.arange(len(similarity))
+    distances = 1 - (similarity + similarity.T) / 2
+    np.fill_diagonal(distances, 0)
+    condensed = squareform(distances.clip(min=0), checks=False)
+    return leaves_list(linkage(condensed, "average", optimal_ordering=True)).astype(np.int64)

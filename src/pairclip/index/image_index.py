@@ -12,10 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pairclip import _checks, _index_files
+from pairclip import _checks
+from pairclip._tensors import MappedTensors
 from pairclip._vectors import unit_rows
 from pairclip.datasets import LabelledImages
 from pairclip.embedding import are_images, embed_images
+from pairclip.index import storage
 from pairclip.similarity import nearest_neighbors
 from pairclip.towers import VisionTower
 
@@ -104,7 +106,7 @@ class ImageIndex:
         self.fingerprint = fingerprint
         self._tower = tower
         self._sample: Tensor | None = None
-        self._mapped: _index_files.MappedRows | None = None
+        self._mapped: MappedTensors | None = None
         self._saved: tuple[Path, dict[str, Any]] | None = None
 
     @classmethod
@@ -137,7 +139,7 @@ class ImageIndex:
                 `dtype` is another one.
             TypeError: If `dataset` is neither a dataset nor images.
         """
-        if dtype not in _index_files.DTYPES.values():
+        if dtype not in storage.DTYPES.values():
             raise ValueError(f"`dtype` must be torch.float16 or torch.float32, got {dtype}.")
         if isinstance(dataset, (str, os.PathLike)):
             raise TypeError(
@@ -181,10 +183,10 @@ class ImageIndex:
                 one than the index was built with.
         """
         folder = Path(folder).absolute()
-        header, mapped, labels = _index_files.read_index(folder)
+        header, mapped = storage.read_index(folder)
         index = cls(
-            mapped.rows,
-            labels=labels,
+            mapped["embeddings"],
+            labels=mapped["labels"].clone() if header["has_labels"] else None,
             class_names=header["class_names"],
             paths=header["paths"],
             fingerprint=header["fingerprint"],
@@ -222,7 +224,7 @@ class ImageIndex:
             "class_names": self.class_names,
             "paths": self.paths,
         }
-        self._saved = folder, _index_files.write_index(folder, tensors, description)
+        self._saved = folder, storage.write_index(folder, tensors, description)
 
     def verify(self) -> None:
         """Compare every byte of the saved index with its checksums.
@@ -234,7 +236,7 @@ class ImageIndex:
         """
         if self._saved is None:
             raise ValueError("This index was neither saved nor loaded, so it has no file to check.")
-        _index_files.verify_index(*self._saved)
+        storage.verify_index(*self._saved)
 
     @overload
     def search(self, queries: Image.Image | str | os.PathLike[str], k: int = 10) -> list[Match]: ...

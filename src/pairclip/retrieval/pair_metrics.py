@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from threading import Lock
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pairclip._blocks import Block, Search, over_blocks
-from pairclip._ranking import expected_precision, harmonic
 from pairclip._vectors import class_squares, class_sums, group_by_slot
+from pairclip.retrieval.blocks import Block, Search, over_blocks, prepare
+from pairclip.retrieval.query_metrics import expected_precision, harmonic
 
 BINS = 1 << 20
 # A larger bound has the pairs counted again, in bins over the range that they have.
@@ -22,7 +23,7 @@ _TOLERANCE = 1e-4
 class PairSeparation:
     """How well the similarity of two items tells whether they are of one class, over all pairs.
 
-    A figure that needs a kind of pair that isn't there is NaN.
+    A metric that needs a kind of pair that isn't there is NaN.
 
     Attributes:
         same_mean: Mean cosine of the pairs of one class; in ``[-1, 1]``.
@@ -129,25 +130,22 @@ def _counts(bins: Tensor) -> Tensor:
 
 
 def separate(search: Search, counts: PairCounts) -> PairSeparation:
-    """The figures of these counts; the pairs are counted again if the bins are too coarse."""
-    found = _separation(search, counts)
-    while max(found.roc_auc_error, found.average_precision_error) > _TOLERANCE:
+    """Metrics of these counts; the pairs are counted again if the bins are too coarse."""
+    separation = _separation(search, counts)
+    while max(separation.roc_auc_error, separation.average_precision_error) > _TOLERANCE:
         finer = counts.finer()
         if finer.width >= counts.width:
             break
         finer.add_all(search.rows())
-        counts, found = finer, _separation(search, finer)
-    return found
+        counts, separation = finer, _separation(search, finer)
+    return separation
 
 
 def _separation(search: Search, counts: PairCounts) -> PairSeparation:
     same, different = counts.same, counts.different
     totals = int(same.sum()), int(different.sum())
     means = _means(search, *totals)
-    if all(totals):
-        ranked = _ranked(counts, same.double(), different.double())
-    else:
-        ranked = dict.fromkeys(_RANKED, math.nan)
+    ranking = _ranking(counts, same.double(), different.double()) if all(totals) else _Ranking()
     return PairSeparation(
         same_mean=means[0],
         same_std=counts.width * _std(same),
@@ -156,7 +154,7 @@ def _separation(search: Search, counts: PairCounts) -> PairSeparation:
         gap=means[0] - means[1],
         num_same=totals[0],
         num_different=totals[1],
-        **ranked,
+        **ranking._asdict(),
     )
 
 
@@ -186,28 +184,36 @@ def _std(counts: Tensor) -> float:
     return float(((counts * (place - mean).square()).sum() / counts.sum()).sqrt())
 
 
-_RANKED = (
-    "roc_auc",
-    "roc_auc_error",
-    "average_precision",
-    "average_precision_error",
-    "best_threshold",
-    "balanced_accuracy",
-    "balanced_accuracy_error",
-)
+class _Ranking(NamedTuple):
+    """What `PairSeparation` has of the order of the pairs."""
+
+    roc_auc: float = math.nan
+    roc_auc_error: float = math.nan
+    average_precision: float = math.nan
+    average_precision_error: float = math.nan
+    best_threshold: float = math.nan
+    balanced_accuracy: float = math.nan
+    balanced_accuracy_error: float = math.nan
 
 
-def _ranked(counts: PairCounts, same: Tensor, different: Tensor) -> dict[str, float]:
+def _ranking(counts: PairCounts, same: Tensor, different: Tensor) -> _Ranking:
     auc, auc_error = _roc_auc(same, different)
     precision, precision_error = _average_precision(same, different)
     edge, accuracy, accuracy_error = _best_edge(same, different)
-    if counts.exact():
-        auc_error = precision_error = accuracy_error = 0.0
-    figures = (
-        *(auc, auc_error, precision, precision_error),
-        *(counts.low + counts.width * edge, accuracy, accuracy_error),
+    ranking = _Ranking(
+        roc_auc=auc,
+        roc_auc_error=auc_error,
+        average_precision=precision,
+        average_precision_error=precision_error,
+        best_threshold=counts.low + counts.width * edge,
+        balanced_accuracy=accuracy,
+        balanced_accuracy_error=accuracy_error,
     )
-    return dict(zip(_RANKED, figures, strict=True))
+    if counts.exact():
+        return ranking._replace(
+            roc_auc_error=0.0, average_precision_error=0.0, balanced_accuracy_error=0.0
+        )
+    return ranking
 
 
 def _roc_auc(same: Tensor, different: Tensor) -> tuple[float, float]:
@@ -223,23 +229,24 @@ def _average_precision(same: Tensor, different: Tensor) -> tuple[float, float]:
     filled = (same + different).nonzero().flip(0)[:, 0]
     relevant, others = same[filled], different[filled]
     tied = relevant + others
-    found, above = relevant.cumsum(0) - relevant, tied.cumsum(0) - tied
+    relevant_above, above = relevant.cumsum(0) - relevant, tied.cumsum(0) - tied
 
     def in_a_row(others_above: Tensor) -> Tensor:
         """Sum of the precisions where all relevant ones of a bin follow each other."""
-        start = found + others_above
+        start = relevant_above + others_above
         return relevant - others_above * (harmonic(start + relevant) - harmonic(start))
 
-    expected = relevant * expected_precision(above, tied, found, relevant, tied)
-    best, worst = in_a_row(above - found), in_a_row(above - found + others)
+    others_above = above - relevant_above
+    expected = relevant * expected_precision(above, tied, relevant_above, relevant, tied)
+    best, worst = in_a_row(others_above), in_a_row(others_above + others)
     mean, low, high = (float(part.sum() / same.sum()) for part in (expected, worst, best))
     return mean, max(high - mean, mean - low, 0.0)
 
 
 def _best_edge(same: Tensor, different: Tensor) -> tuple[float, float, float]:
     """Edge of bins with the best balanced accuracy, that, and how much better another place is."""
-    kept = same.sum() - _before(same)
-    accuracy = (kept / same.sum() + _before(different) / different.sum()) / 2
+    same_above = same.sum() - _before(same)
+    accuracy = (same_above / same.sum() + _before(different) / different.sum()) / 2
     best = int(accuracy.argmax())
     # No pair is between here and the last edge that is as good: the middle is farthest from both.
     last = best + int((accuracy[best:] == accuracy[best]).long().cumprod(0).sum()) - 1
@@ -254,3 +261,37 @@ def _best_edge(same: Tensor, different: Tensor) -> tuple[float, float, float]:
 def _before(counts: Tensor) -> Tensor:
     """Pairs below each edge, from the first to the last, ``[BINS + 1]``."""
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def pair_separation(embeddings: Any, labels: Any) -> PairSeparation:
+    """How well similarity tells pairs of one class from pairs of different classes.
+
+    Over all ``N * (N - 1) / 2`` pairs. They are counted in 2**20 bins of similarity, so memory
+    doesn't grow with their number; where that leaves the ROC AUC or the average precision
+    uncertain by more than 1e-4, as in a nearly collapsed tower, they are counted again in bins
+    over the range that they have.
+    Means don't depend on bins.
+
+    Args:
+        embeddings: Shape ``[N, D]``, floating point, any length.
+        labels: Class of each row, shape ``[N]``, integer.
+
+    Returns:
+        The metrics, NaN where a kind of pair that they need isn't there.
+
+    Raises:
+        ValueError: If shapes don't fit or an embedding is not finite.
+        TypeError: If embeddings are not floating point or labels not integers.
+
+    Example:
+        >>> import torch
+        >>> from pairclip.retrieval import pair_separation
+        >>> embeddings = torch.tensor([[1.0, 0.0], [4.0, 3.0], [0.0, 1.0]])
+        >>> pairs = pair_separation(embeddings, torch.tensor([0, 0, 1]))
+        >>> round(pairs.same_mean, 3), round(pairs.different_mean, 3), pairs.roc_auc
+        (0.8, 0.3, 1.0)
+    """
+    search = prepare(embeddings, labels)
+    counts = PairCounts(search)
+    counts.add_all(search.rows())
+    return separate(search, counts)

@@ -1,4 +1,4 @@
-"""Batch samplers whose epoch is defined: for pairs, and for classes times samples."""
+"""Batches of pairs, of which a set fraction is of one class."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from pairclip import _checks
-from pairclip._epochs import EpochSampler, Indices, deal, group, num_batches_of, shuffled_after
 from pairclip._randomness import SamplerStream, sampler_generator
+from pairclip.samplers.decks import Indices, deal, group
+from pairclip.samplers.epoch import EpochSampler, num_batches_of
 
 # Pairs whose partners are drawn at once: enough for NumPy's speed, little memory.
 _PAIRS_AT_ONCE = 1 << 16
@@ -221,13 +222,17 @@ class PairSampler(EpochSampler):
                 self._paired_classes, batches * pairs - alone_places, paired_before, rng
             )
         else:
-            alone = deal(self._alone, alone_per_batch, (self._seed, alone_before), rng)
+            alone = deal(
+                self._alone, alone_per_batch, rng, seed=self._seed, dealt_before=alone_before
+            )
             paired_items = self._groups.order
             if len(self._alone):
                 paired_items = paired_items[
                     self._groups.counts[self._groups.class_of[paired_items]] > 1
                 ]
-            paired = deal(paired_items, paired_per_batch, (self._seed, paired_before), rng)
+            paired = deal(
+                paired_items, paired_per_batch, rng, seed=self._seed, dealt_before=paired_before
+            )
         anchors = np.empty((batches, pairs), self._groups.order.dtype)
         is_paired = np.arange(pairs) < paired_per_batch[:, None]
         anchors[is_paired] = paired
@@ -257,7 +262,12 @@ class PairSampler(EpochSampler):
         groups = self._groups
         small = groups.order.dtype
         drawn = deal(
-            classes.astype(small), np.array([count]), (self._seed, before), rng, distinct=False
+            classes.astype(small),
+            np.array([count]),
+            rng,
+            seed=self._seed,
+            dealt_before=before,
+            distinct=False,
         )
         rng.shuffle(drawn)
         by_class = np.argsort(drawn, kind="stable").astype(small)
@@ -308,101 +318,3 @@ class PairSampler(EpochSampler):
             drawn += np.where(drawn >= starts, counts, 0)
         partners: Indices = groups.order[drawn]
         return partners
-
-
-class ClassBalancedSampler(EpochSampler):
-    """Batches of K items of each of P classes, for losses over all pairs of a batch.
-
-    Every batch holds exactly ``samples_per_class`` distinct items of each of
-    ``classes_per_batch`` distinct classes. Over an epoch the classes are drawn equally often, up
-    to one, and each class deals its items from a shuffled deck: none comes again before all of
-    its class have come.
-
-    The epoch is a function of (seed, epoch). An iteration that was broken off goes on with the
-    next batch; `set_epoch` rewinds.
-
-    Args:
-        labels: Class of each item, ``[N]`` integers.
-        classes_per_batch: P.
-        samples_per_class: K. Classes with fewer items are left out.
-        num_batches: Batches of an epoch; None for ``ceil(N / (P * K))``.
-        seed: Not negative.
-
-    Raises:
-        ValueError: If an argument is out of range, or fewer than P classes have K items.
-        TypeError: If labels or counts are not integers.
-
-    Warns:
-        UserWarning: Once, with the number of classes that are left out.
-
-    Example:
-        >>> from pairclip import ClassBalancedSampler
-        >>> sampler = ClassBalancedSampler([0, 0, 0, 1, 1, 2, 2], 2, 2)
-        >>> len(sampler), [len(batch) for batch in sampler]
-        (2, [4, 4])
-    """
-
-    def __init__(
-        self,
-        labels: Any,
-        classes_per_batch: int,
-        samples_per_class: int,
-        *,
-        num_batches: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(seed)
-        self._groups = group(labels)
-        _checks.check_positive_int("classes_per_batch", classes_per_batch)
-        _checks.check_positive_int("samples_per_class", samples_per_class)
-        self.classes_per_batch = int(classes_per_batch)
-        self.samples_per_class = int(samples_per_class)
-        self._num_batches = num_batches_of(num_batches, len(self._groups.order), self.batch_size)
-        counts = self._groups.counts
-        self._classes = np.flatnonzero(counts >= samples_per_class)
-        left_out = len(counts) - len(self._classes)
-        if len(self._classes) < classes_per_batch:
-            raise ValueError(
-                f"`classes_per_batch` is {classes_per_batch}, but only {len(self._classes)} of "
-                f"{len(counts)} classes have the {samples_per_class} items that "
-                "`samples_per_class` asks for. Lower one of the two."
-            )
-        if left_out:
-            items = int(counts[counts < samples_per_class].sum())
-            warnings.warn(
-                f"{left_out} of {len(counts)} classes have fewer than {samples_per_class} items: "
-                f"these {items} items are left out.",
-                stacklevel=2,
-            )
-
-    @property
-    def batch_size(self) -> int:
-        """Items in each batch, P * K."""
-        return self.classes_per_batch * self.samples_per_class
-
-    def __len__(self) -> int:
-        """Batches of a whole epoch."""
-        return self._num_batches
-
-    def _epoch_batches(self, epoch: int, first: int) -> Iterator[list[int]]:
-        rng = np.random.default_rng((self._seed, epoch))
-        per_batch = np.full(self._num_batches, self.classes_per_batch, np.int64)
-        drawn = deal(self._classes, per_batch, (self._seed, epoch * int(per_batch.sum())), rng)
-        decks: dict[int, Indices] = {}
-        for number, classes in enumerate(drawn.reshape(len(per_batch), -1).tolist()):
-            batch: list[int] = []
-            for of_class in classes:
-                batch += self._draw(of_class, decks, rng).tolist()
-            if number >= first:
-                yield batch
-
-    def _draw(self, of_class: int, decks: dict[int, Indices], rng: np.random.Generator) -> Indices:
-        """K items from the class's deck: what is left of it first, then from a new one."""
-        count = self.samples_per_class
-        deck = decks.get(of_class, self._groups.order[:0])
-        if len(deck) < count:
-            start = self._groups.starts[of_class]
-            items = self._groups.order[start : start + self._groups.counts[of_class]]
-            deck = np.concatenate([deck, shuffled_after(items, deck, count - len(deck), rng)])
-        decks[of_class] = deck[count:]
-        return deck[:count]

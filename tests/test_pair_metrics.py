@@ -7,8 +7,14 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-from pairclip import _blocks, _pairs
-from pairclip.retrieval import PairSeparation, all_figures, pair_separation
+from pairclip.retrieval import (
+    QUERY_METRICS,
+    PairSeparation,
+    blocks,
+    outcome_of,
+    pair_metrics,
+    pair_separation,
+)
 
 RANKED = (
     "roc_auc",
@@ -50,7 +56,7 @@ def assert_within_bounds(found: PairSeparation, scores: np.ndarray, same: np.nda
     assert -1e-12 <= gain <= found.balanced_accuracy_error + 1e-12
 
 
-def test_figures_are_those_of_scikit_learn_and_numpy() -> None:
+def test_metrics_are_those_of_scikit_learn_and_numpy() -> None:
     rows, labels = sample()
     scores, same = pairs_of(rows, labels)
     found = pair_separation(rows.double(), labels)
@@ -72,10 +78,10 @@ def test_figures_are_those_of_scikit_learn_and_numpy() -> None:
 @pytest.mark.parametrize("width", [0.001, 0.02, 0.5])
 def test_bounds_hold_and_are_needed_in_wide_bins(width: float) -> None:
     rows, labels = sample()
-    search = _blocks.prepare(rows.double(), labels)
-    counts = _pairs.PairCounts(search, -1.0, width)
+    search = blocks.prepare(rows.double(), labels)
+    counts = pair_metrics.PairCounts(search, -1.0, width)
     counts.add_all(search.rows())
-    found = _pairs._separation(search, counts)
+    found = pair_metrics._separation(search, counts)
     scores, same = pairs_of(rows, labels)
     assert_within_bounds(found, scores, same)
     assert 0 < found.roc_auc_error < width
@@ -126,7 +132,7 @@ def test_separated_pairs_have_a_threshold_midway() -> None:
     assert (found.same_mean, found.different_mean, found.roc_auc) == (1, -1, 1)
 
 
-def test_a_kind_of_pair_that_is_not_there_has_no_figures() -> None:
+def test_a_kind_of_pair_that_is_not_there_has_no_metrics() -> None:
     rows, _ = sample(6)
     found = pair_separation(rows, [3] * 6)
     assert np.isnan([getattr(found, name) for name in (*RANKED, "different_mean", "gap")]).all()
@@ -151,7 +157,7 @@ def test_pairs_are_counted_in_the_same_pass_and_once() -> None:
     rows, labels = sample(700)
     labels[4] = 9
     with pytest.warns(UserWarning, match="1 of 700 queries were left out"):
-        found = all_figures(rows, labels)
+        found = outcome_of([*QUERY_METRICS.values()], rows, labels)
     alone = pair_separation(rows, labels)
     assert found.separation is not None
     assert found.separation.roc_auc == pytest.approx(alone.roc_auc, abs=1e-6)
@@ -169,8 +175,12 @@ def test_pairs_are_counted_in_the_same_pass_and_once() -> None:
 def test_queries_and_gallery_are_paired() -> None:
     rows, labels = sample(90)
     items, queries = slice(0, 60), slice(60, 90)
-    found = all_figures(
-        rows[items], labels[items], queries=rows[queries], query_labels=labels[queries]
+    found = outcome_of(
+        [*QUERY_METRICS.values()],
+        rows[items],
+        labels[items],
+        queries=rows[queries],
+        query_labels=labels[queries],
     ).separation
     assert found is not None
     unit = torch.nn.functional.normalize(rows.double())

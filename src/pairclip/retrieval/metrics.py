@@ -1,4 +1,4 @@
-"""Retrieval figures of embeddings and labels, in blocks of queries.
+"""Metrics of embeddings and labels, in blocks of queries.
 
 Every item is ranked for every query by cosine similarity. Items of equal similarity count as the
 expectation over their random order (McSherry and Najork 2008, "Computing information retrieval
@@ -8,19 +8,17 @@ what chance gives it, whatever the order of the rows.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from pairclip import _checks, _ranking
-from pairclip._all_figures import Figures as Figures, all_figures as all_figures, means
-from pairclip._blocks import over_blocks, prepare
-from pairclip._pairs import PairCounts, PairSeparation as PairSeparation, separate
+from pairclip import _checks
 from pairclip._vectors import highest
+from pairclip.retrieval import query_metrics
+from pairclip.retrieval.blocks import over_blocks, prepare
+from pairclip.retrieval.one_pass import means
+from pairclip.retrieval.table import METRICS, precision, ranking_metric, recall
 
 
 def recall_at_k(
@@ -53,8 +51,7 @@ def recall_at_k(
         1.0
     """
     _checks.check_positive_int("k", k)
-    figure = partial(_ranking.hit, k=k)
-    return means([figure], embeddings, labels, queries, query_labels, first=k)[0]
+    return means([recall(k)], embeddings, labels, queries, query_labels)[0]
 
 
 def precision_at_k(
@@ -89,8 +86,7 @@ def precision_at_k(
         0.5
     """
     _checks.check_positive_int("k", k)
-    figure = partial(_ranking.precision, k=k)
-    return means([figure], embeddings, labels, queries, query_labels, first=k)[0]
+    return means([precision(k)], embeddings, labels, queries, query_labels)[0]
 
 
 def r_precision(
@@ -126,7 +122,7 @@ def r_precision(
     References:
         Musgrave, Belongie and Lim 2020, "A Metric Learning Reality Check".
     """
-    return means([_ranking.r_precision], embeddings, labels, queries, query_labels)[0]
+    return means([METRICS["r_precision"]], embeddings, labels, queries, query_labels)[0]
 
 
 def map_at_r(
@@ -163,7 +159,7 @@ def map_at_r(
     References:
         Musgrave, Belongie and Lim 2020, "A Metric Learning Reality Check".
     """
-    return means([_ranking.map_at_r], embeddings, labels, queries, query_labels)[0]
+    return means([METRICS["map_at_r"]], embeddings, labels, queries, query_labels)[0]
 
 
 def mean_average_precision(
@@ -194,8 +190,8 @@ def mean_average_precision(
         >>> mean_average_precision(embeddings, torch.tensor([0, 0, 1, 1]))
         1.0
     """
-    figure = _ranking.average_precision
-    return means([figure], embeddings, labels, queries, query_labels, first=None)[0]
+    metric = METRICS["mean_average_precision"]
+    return means([metric], embeddings, labels, queries, query_labels)[0]
 
 
 def retrieval_figures(
@@ -206,7 +202,7 @@ def retrieval_figures(
     queries: Any = None,
     query_labels: Any = None,
 ) -> dict[str, float]:
-    """Several of these figures, in one pass over the similarities.
+    """Several of these metrics, in one pass over the similarities.
 
     Args:
         embeddings: The items to search, shape ``[N, D]``, floating point, any length.
@@ -217,10 +213,10 @@ def retrieval_figures(
         query_labels: Class of each query, shape ``[M]``.
 
     Returns:
-        Each figure by its name, as the function of that name gives it.
+        Each metric by its name, as the function of that name gives it.
 
     Raises:
-        ValueError: If there is no such figure, shapes don't fit, an embedding is not finite, or
+        ValueError: If there is no such metric, shapes don't fit, an embedding is not finite, or
             no query has an item of its own class to find.
 
     Warns:
@@ -234,39 +230,10 @@ def retrieval_figures(
         {'recall_at_1': 1.0, 'map_at_r': 1.0}
     """
     if isinstance(include, str) or not include:
-        raise ValueError(f"`include` must be a list of figures, got {include!r}.")
-    chosen = [_figure(name) for name in include]
-    places = [first for _, first in chosen]
-    found = means(
-        [figure for figure, _ in chosen],
-        embeddings,
-        labels,
-        queries,
-        query_labels,
-        first=None if None in places else max(first for first in places if first is not None),
-    )
-    return dict(zip(include, found, strict=True))
-
-
-def _figure(name: str) -> tuple[Callable[[_ranking.Ranks], Tensor], int | None]:
-    """The figure of this name, and the places that it looks at, as `means` takes them."""
-    if name in _AT_NO_K:
-        return _AT_NO_K[name]
-    at_k = re.fullmatch(r"(recall|precision)_at_([1-9][0-9]*)", str(name))
-    if at_k is None:
-        raise ValueError(
-            f"`include` has {name!r}, but figures are 'recall_at_K' and 'precision_at_K' with a "
-            f"number K, {', '.join(map(repr, _AT_NO_K))}."
-        )
-    k = int(at_k[2])
-    return partial({"recall": _ranking.hit, "precision": _ranking.precision}[at_k[1]], k=k), k
-
-
-_AT_NO_K: dict[str, tuple[Callable[[_ranking.Ranks], Tensor], int | None]] = {
-    "r_precision": (_ranking.r_precision, 0),
-    "map_at_r": (_ranking.map_at_r, 0),
-    "mean_average_precision": (_ranking.average_precision, None),
-}
+        raise ValueError(f"`include` must be a list of metrics, got {include!r}.")
+    metrics = [ranking_metric(name) for name in include]
+    values = means(metrics, embeddings, labels, queries, query_labels)
+    return dict(zip(include, values, strict=True))
 
 
 def knn_accuracy(
@@ -308,40 +275,6 @@ def knn_accuracy(
     correct = over_blocks(
         search,
         search.rows(),
-        lambda block: _ranking.vote(search, block, highest(block.scores, k + 1), k),
+        lambda block: query_metrics.vote(search, block, highest(block.scores, k + 1), k),
     )
     return float(torch.cat([*correct]).mean())
-
-
-def pair_separation(embeddings: Any, labels: Any) -> PairSeparation:
-    """How well similarity tells pairs of one class from pairs of different classes.
-
-    Over all ``N * (N - 1) / 2`` pairs. They are counted in 2**20 bins of similarity, so memory
-    doesn't grow with their number; where that leaves the ROC AUC or the average precision
-    uncertain by more than 1e-4, as in a nearly collapsed tower, they are counted again in bins
-    over the range that they have.
-    Means don't depend on bins.
-
-    Args:
-        embeddings: Shape ``[N, D]``, floating point, any length.
-        labels: Class of each row, shape ``[N]``, integer.
-
-    Returns:
-        The figures, NaN where a kind of pair that they need isn't there.
-
-    Raises:
-        ValueError: If shapes don't fit or an embedding is not finite.
-        TypeError: If embeddings are not floating point or labels not integers.
-
-    Example:
-        >>> import torch
-        >>> from pairclip.retrieval import pair_separation
-        >>> embeddings = torch.tensor([[1.0, 0.0], [4.0, 3.0], [0.0, 1.0]])
-        >>> found = pair_separation(embeddings, torch.tensor([0, 0, 1]))
-        >>> round(found.same_mean, 3), round(found.different_mean, 3), found.roc_auc
-        (0.8, 0.3, 1.0)
-    """
-    search = prepare(embeddings, labels)
-    counts = PairCounts(search)
-    counts.add_all(search.rows())
-    return separate(search, counts)

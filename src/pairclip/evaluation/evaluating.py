@@ -1,4 +1,4 @@
-"""How well embeddings keep classes apart: figures before and after, side by side."""
+"""How well a tower, or the embeddings that it made, keep classes apart."""
 
 from __future__ import annotations
 
@@ -11,17 +11,14 @@ import numpy as np
 import torch
 
 from pairclip import _checks
-from pairclip._figures import QUERY_TITLES, Change
-from pairclip._results import Evaluation, FloatArray, IntArray, PairHistogram
 from pairclip.datasets import LabelledImages
 from pairclip.embedding import embed_images
-from pairclip.retrieval import Figures, PairSeparation, all_figures
+from pairclip.evaluation.result import Evaluation, FloatArray, IntArray, PairHistogram
+from pairclip.retrieval import PAIR_METRICS, QUERY_METRICS, PairSeparation, outcome_of
 from pairclip.similarity import class_similarity_matrix
 from pairclip.towers import VisionTower
 
-__all__ = ["Change", "Evaluation", "PairHistogram", "evaluate", "evaluate_embeddings"]
-
-_NEIGHBORS = 5
+_NEIGHBORS = 10
 _MOST_CONFUSED = 5
 
 
@@ -44,7 +41,7 @@ def evaluate(
             instance, or classes that it wasn't trained on.
 
     Returns:
-        The figures, each image searched among the others.
+        The metrics, each image searched among the others.
 
     Raises:
         ValueError: If an image can't be read, an embedding is not finite, or no class has two
@@ -85,7 +82,7 @@ def evaluate_embeddings(
             have one name, the ids are added.
 
     Returns:
-        The figures, each row searched among the others.
+        The metrics, each row searched among the others.
 
     Raises:
         ValueError: If shapes don't fit, an embedding is not finite, a class has no name, or no
@@ -99,37 +96,31 @@ def evaluate_embeddings(
         >>> import torch
         >>> from pairclip import evaluate_embeddings
         >>> embeddings = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
-        >>> found = evaluate_embeddings(embeddings, torch.tensor([0, 0, 1, 1]))
-        >>> found.recall_at_1, found.confused_classes[0][:2]
+        >>> evaluation = evaluate_embeddings(embeddings, torch.tensor([0, 0, 1, 1]))
+        >>> evaluation.recall_at_1, evaluation.confused_classes[0][:2]
         (1.0, ('0', '1'))
-        >>> found.to_markdown().splitlines()[2]
+        >>> evaluation.to_markdown().splitlines()[2]
         '| Recall at 1 | 1.000 |'
     """
     embeddings = _checks.as_embeddings("embeddings", embeddings)
     labels = _checks.as_labels("labels", labels, length=len(embeddings))
     names = _names(labels.unique().tolist(), class_names)
-    found = all_figures(embeddings, labels, ks=(1, 5, 10), knn=_NEIGHBORS, neighbors=10)
+    outcome = outcome_of([*QUERY_METRICS.values()], embeddings, labels, neighbors=_NEIGHBORS)
     similarity, classes = class_similarity_matrix(embeddings, labels)
     matrix = similarity.cpu().numpy()
     places = torch.searchsorted(classes, labels.to(classes.device)).cpu().numpy()
-    per_query = _figures_of_queries(found)
-    means: dict[str, Any] = {key: float(values.mean()) for key, values in per_query.items()}
-    queries = found.queries.cpu().numpy()
+    per_query = {name: values.cpu().numpy() for name, values in outcome.per_query.items()}
+    queries = outcome.queries.cpu().numpy()
     of_query = places[queries]
-    pairs = cast(PairSeparation, found.separation)
+    pairs = cast(PairSeparation, outcome.separation)
+    metrics: dict[str, Any] = {
+        **{name: float(values.mean()) for name, values in per_query.items()},
+        **{name: metric.function(pairs) for name, metric in PAIR_METRICS.items()},
+    }
     return Evaluation(
-        **means,
-        same_mean=pairs.same_mean,
-        same_std=pairs.same_std,
-        different_mean=pairs.different_mean,
-        different_std=pairs.different_std,
-        gap=pairs.gap,
-        roc_auc=pairs.roc_auc,
+        **metrics,
         roc_auc_error=pairs.roc_auc_error,
-        pair_average_precision=pairs.average_precision,
         pair_average_precision_error=pairs.average_precision_error,
-        best_threshold=pairs.best_threshold,
-        balanced_accuracy=pairs.balanced_accuracy,
         balanced_accuracy_error=pairs.balanced_accuracy_error,
         num_images=len(embeddings),
         num_queries=len(queries),
@@ -142,24 +133,10 @@ def evaluate_embeddings(
         labels=places,
         queries=queries,
         per_query=per_query,
-        neighbors=found.neighbors.cpu().numpy(),
-        neighbor_scores=found.neighbor_scores.cpu().numpy(),
-        histogram=PairHistogram(*(each.cpu().numpy() for each in found.histogram or ())),
+        neighbors=outcome.neighbors.cpu().numpy(),
+        neighbor_scores=outcome.neighbor_scores.cpu().numpy(),
+        histogram=PairHistogram(*(each.cpu().numpy() for each in outcome.histogram or ())),
     )
-
-
-def _figures_of_queries(found: Figures) -> dict[str, FloatArray]:
-    columns = [
-        *found.recall.unbind(1),
-        found.precision[:, 2],
-        found.r_precision,
-        found.map_at_r,
-        found.average_precision,
-        found.knn_correct,
-    ]
-    return {
-        key: column.cpu().numpy().copy() for key, column in zip(QUERY_TITLES, columns, strict=True)
-    }
 
 
 def _class_means(values: FloatArray, classes: IntArray, count: int) -> FloatArray:

@@ -135,12 +135,12 @@ def over_blocks(search: Search, rows: Tensor, work: Callable[[Block], T]) -> Ite
         queries[: len(of_block)] = search.queries[of_block]
         with torch.autocast(items.device.type, enabled=False):
             torch.mm(queries, items.T, out=scores)
-        found = scores[: len(of_block)]
-        found[:, count:] = NO_ITEM
+        of_items = scores[: len(of_block)]
+        of_items[:, count:] = NO_ITEM
         if search.own:
-            found.scatter_(1, of_block[:, None], NO_ITEM)
+            of_items.scatter_(1, of_block[:, None], NO_ITEM)
         try:
-            return work(Block(of_block, found, _members(search, of_block)))
+            return work(Block(of_block, of_items, _members(search, of_block)))
         finally:
             spare.append(buffers)
 

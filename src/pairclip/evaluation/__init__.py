@@ -1,0 +1,7 @@
+"""How well a tower keeps classes apart: metrics before and after, side by side."""
+
+from pairclip.evaluation.comparison import Change
+from pairclip.evaluation.evaluating import evaluate, evaluate_embeddings
+from pairclip.evaluation.result import Evaluation, PairHistogram
+
+__all__ = ["Change", "Evaluation", "PairHistogram", "evaluate", "evaluate_embeddings"]

@@ -1,0 +1,39 @@
+"""Metrics and their changes as text."""
+
+from __future__ import annotations
+
+import math
+
+from pairclip.evaluation.comparison import Change
+from pairclip.retrieval import METRICS
+
+
+def change_row(title: str, change: Change) -> str:
+    """A row of a Markdown table."""
+    difference = signed(change.difference)
+    if change.is_clear:
+        difference = f"**{difference}**"
+    interval = ""
+    if change.interval is not None:
+        interval = " to ".join(map(signed, change.interval))
+    before, after = as_text(change.before), as_text(change.after)
+    return f"| {title} | {before} | {after} | {difference} | {interval} |"
+
+
+def as_text(value: float) -> str:
+    """A metric with three decimals; "-" where it isn't defined."""
+    # Adding 0 turns a rounded -0.0 into 0.0.
+    return "-" if math.isnan(value) else f"{round(value, 3) + 0.0:.3f}"
+
+
+def signed(difference: float) -> str:
+    """A difference with its sign."""
+    return "-" if math.isnan(difference) else f"{round(difference, 3) + 0.0:+.3f}"
+
+
+def meanings() -> dict[str, str]:
+    """What each metric means, under its title; those that mean the same share an entry."""
+    titles: dict[str, list[str]] = {}
+    for metric in METRICS.values():
+        titles.setdefault(metric.meaning, []).append(metric.title)
+    return {"; ".join(several): meaning for meaning, several in titles.items()}

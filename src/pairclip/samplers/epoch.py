@@ -1,0 +1,79 @@
+"""A batch sampler's place in its epoch."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+from pairclip import _checks
+
+
+class EpochSampler(ABC):
+    """State of a batch sampler: (seed, epoch) decide an epoch's batches, `batch` is the next."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = _checks.check_count("seed", seed)
+        self._epoch = 0
+        self._batch = 0
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Batches of a whole epoch."""
+
+    @abstractmethod
+    def _epoch_batches(self, epoch: int, first: int) -> Iterator[list[int]]:
+        """Batches of the epoch, from number `first` on."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield the rest of the current epoch; the one after it begins at the next call."""
+        epoch, batch = self._epoch, self._batch
+        for indices in self._epoch_batches(epoch, batch):
+            batch += 1
+            self._move_to(epoch, batch)
+            yield indices
+
+    def _move_to(self, epoch: int, batch: int) -> None:
+        ended = batch == len(self)
+        self._epoch, self._batch = (epoch + 1, 0) if ended else (epoch, batch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the first batch of an epoch.
+
+        Args:
+            epoch: Number of the epoch, from 0.
+        """
+        self._epoch, self._batch = _checks.check_count("epoch", epoch), 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Position: ``seed``, ``epoch`` and ``batch``, the number of the next batch."""
+        return {"seed": self._seed, "epoch": self._epoch, "batch": self._batch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue where another sampler with the same labels and settings was.
+
+        Args:
+            state: What `state_dict` returned.
+
+        Raises:
+            ValueError: If keys are missing or unknown, or the batch is beyond the epoch.
+        """
+        if set(state) != {"seed", "epoch", "batch"}:
+            raise ValueError(
+                f"`state` must have the keys seed, epoch and batch, got {sorted(state)}."
+            )
+        seed, epoch, batch = (_checks.check_count(k, state[k]) for k in ("seed", "epoch", "batch"))
+        if batch > len(self):
+            raise ValueError(
+                f"`state` is at batch {batch}, but an epoch has {len(self)}. It comes from a "
+                "sampler with other labels or settings."
+            )
+        self._seed = seed
+        self._move_to(epoch, batch)
+
+
+def num_batches_of(num_batches: int | None, num_items: int, per_batch: int) -> int:
+    """Batches of an epoch: as many as were asked for, or as cover all items."""
+    if num_batches is None:
+        return -(-num_items // per_batch)
+    _checks.check_positive_int("num_batches", num_batches)
+    return int(num_batches)
