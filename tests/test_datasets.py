@@ -118,11 +118,16 @@ def test_a_dataset_that_does_not_tell_is_read_once_and_says_so() -> None:
     assert data.labels.tolist() == [int(dataset[i][1]) for i in range(4)]
 
 
-def test_joined_datasets_must_agree_on_their_classes(folder: Path) -> None:
+def test_joined_datasets_are_joined_by_the_names_of_their_classes(folder: Path) -> None:
     one, other = ImageFolder(folder), ImageFolder(folder)
-    other.classes = ["wasp", "bee", "cat"]
-    with pytest.raises(ValueError, match="give their class ids different names"):
-        labels_of(ConcatDataset([one, other]))
+    other.classes = ["wasp", "ant", "cat"]
+    joined = LabelledImages(ConcatDataset([one, other]))
+    assert joined.class_names == ["ant", "bee", "cat", "wasp"]
+    assert joined.labels.tolist() == [0, 0, 1, 1, 2, 3, 3, 0, 0, 2]
+    assert [joined[index][1] for index in (4, 5, 9)] == [2, 3, 2]
+    nameless = (sorted(folder.rglob("*.png")), [0, 0, 1, 1, 2])
+    with pytest.raises(ValueError, match=r"Datasets \[1\] have class ids without names"):
+        labels_of(ConcatDataset([one, LabelledImages(nameless)]))
 
 
 def test_a_corrupt_image_is_named_with_index_and_path(folder: Path) -> None:

@@ -118,10 +118,14 @@ def _native(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _not_one_dimensional(name: str, shape: Collection[int]) -> str:
-    return (
-        f"`{name}` must have shape [N], one class id per item, got {list(shape)}. "
-        f"Turn one-hot rows into class ids with `{name}.argmax(1)`."
-    )
+    if len(shape) == 2 and list(shape)[1] == 1:
+        advice = f"Take its column, `{name}[:, 0]`."
+    else:
+        advice = (
+            f"Turn one-hot rows into class ids with `{name}.argmax(1)`; rows with several ones have "
+            "no class id."
+        )
+    return f"`{name}` must have shape [N], one class id per item, got {list(shape)}. {advice}"
 
 
 def _not_integers(name: str, dtype: object) -> str:

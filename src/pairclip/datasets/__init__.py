@@ -1,6 +1,15 @@
 """Any labelled image dataset as images and class ids; labels without decoding an image."""
 
+from pairclip.datasets.folders import image_files
 from pairclip.datasets.labelled_images import LabelledImages, class_names_of, labels_of
+from pairclip.datasets.labels import join_classes
 from pairclip.datasets.rgb import as_rgb
 
-__all__ = ["LabelledImages", "as_rgb", "class_names_of", "labels_of"]
+__all__ = [
+    "LabelledImages",
+    "as_rgb",
+    "class_names_of",
+    "image_files",
+    "join_classes",
+    "labels_of",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,19 +15,51 @@ class HuggingFaceSource(Source):
 
     def __init__(self, dataset: Any) -> None:
         self._column, label = _columns(dataset.features)
-        labels = dataset.select_columns([label]).with_format("numpy")[:][label]
+        # A format says what rows look like to others, and may leave columns out.
+        plain = dataset.with_format(None)
+        labels = plain.select_columns([label]).with_format("numpy")[:][label]
         ids, names = ids_and_names(labels, len(dataset))
         super().__init__(dataset, ids, getattr(dataset.features[label], "names", None) or names)
+        self._transformed = dataset.format["type"] == "custom"  # by `set_transform`
+        self._images = plain.select_columns([self._column])
+        # Encoded, as the files are: decoded by what decodes those of every kind of dataset.
+        feature = type(dataset.features[self._column])(decode=False)
+        self._encoded = self._images.cast_column(self._column, feature)
 
     @staticmethod
     def takes(dataset: Any) -> bool:
         """Whether this is how it is read."""
         features = getattr(dataset, "features", None)
-        return isinstance(features, Mapping) and hasattr(dataset, "with_format")
+        return (
+            isinstance(features, Mapping)
+            and hasattr(dataset, "with_format")
+            and hasattr(dataset, "__len__")  # which a stream lacks
+        )
 
     def image(self, index: int) -> Any:
-        """The image in the row."""
-        return self.dataset[index][self._column]
+        """The file or its bytes; or what a transform of the dataset makes of the row."""
+        if self._transformed:
+            row = self.dataset[index]
+            if self._column not in row:
+                raise TypeError(
+                    f"The transform of the dataset must give its column {self._column!r}, got "
+                    f"{list(row)}. Leave preprocessing to the tower: `dataset.reset_format()`."
+                )
+            return row[self._column]
+        encoded = self._encoded[index][self._column]
+        if encoded is None:
+            raise ValueError("there is no image in the row.")
+        if encoded["bytes"] is not None:
+            return encoded["bytes"]
+        path = encoded["path"]
+        return path if os.path.isfile(path) else self._images[index][self._column]
+
+    def path(self, index: int) -> str | None:
+        """The file, where the row has no bytes of its own."""
+        encoded = self._encoded[index][self._column] or {}
+        path = encoded.get("path")
+        is_file = path is not None and encoded.get("bytes") is None and os.path.isfile(path)
+        return str(path) if is_file else None
 
 
 def _columns(features: Mapping[str, Any]) -> tuple[str, str]:

@@ -6,17 +6,29 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
 from pairclip.datasets.features import FeaturesSource
+from pairclip.datasets.folders import FolderSource
 from pairclip.datasets.hugging_face import HuggingFaceSource
+from pairclip.datasets.image_folder import ImageFolderSource
+from pairclip.datasets.labels import join_classes
 from pairclip.datasets.own import OwnSource
 from pairclip.datasets.pairs import PairSource
 from pairclip.datasets.source import Source
 from pairclip.datasets.torchvision import TorchvisionSource
 
 # The first that takes a dataset reads it; the last one takes all.
-KINDS = (FeaturesSource, PairSource, HuggingFaceSource, TorchvisionSource, OwnSource)
+KINDS = (
+    FeaturesSource,
+    FolderSource,
+    PairSource,
+    HuggingFaceSource,
+    ImageFolderSource,
+    TorchvisionSource,
+    OwnSource,
+)
 
 
 def source_of(dataset: Any) -> Source:
@@ -31,27 +43,45 @@ def source_of(dataset: Any) -> Source:
         return source
     # A subclass of a view may change the items.
     if isinstance(dataset, Subset) and type(dataset).__getitem__ is Subset.__getitem__:
-        return SubsetSource(dataset)
+        return _subset(dataset)
     if isinstance(dataset, ConcatDataset) and (
         type(dataset).__getitem__ is ConcatDataset.__getitem__
     ):
-        return ConcatSource(dataset)
+        return JoinedSource(dataset)
     return next(kind for kind in KINDS if kind.takes(dataset))(dataset)
 
 
-class SubsetSource(Source):
-    """Some items of another dataset, as they are."""
+class View(Source):
+    """Some items of another dataset.
 
-    def __init__(self, dataset: Subset[Any]) -> None:
-        self._whole = whole = source_of(dataset.dataset)
-        indices = torch.as_tensor(np.asarray(dataset.indices, dtype=np.int64))
-        self._indices = torch.where(indices < 0, indices + len(whole.labels), indices)
-        super().__init__(dataset, whole.labels[self._indices], whole.class_names)
+    Args:
+        dataset: What was given.
+        whole: That dataset.
+        indices: The items, int64 ``[N]``, of which negative ones count from the end.
+        classes: Class ids of the whole and their names, where they are other ones.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        whole: Source,
+        indices: Tensor,
+        classes: tuple[Tensor, list[str] | None] | None = None,
+    ) -> None:
+        labels, names = classes or (whole.labels, whole.class_names)
+        self._whole = whole
+        self._indices = torch.where(indices < 0, indices + len(labels), indices)
+        super().__init__(dataset, labels[self._indices], names)
         self.in_memory, self.of_features = whole.in_memory, whole.of_features
+        self.system = None if whole.system is None else whole.system[self._indices]
 
     def image(self, index: int) -> Any:
         """That of the whole."""
         return self._whole.image(int(self._indices[index]))
+
+    def check_label(self, index: int) -> None:
+        """That of the whole."""
+        self._whole.check_label(int(self._indices[index]))
 
     def path(self, index: int) -> str | None:
         """That of the whole."""
@@ -62,25 +92,46 @@ class SubsetSource(Source):
         return self._whole.held(int(self._indices[index]))
 
 
-class ConcatSource(Source):
-    """Datasets with the same classes, one after the other."""
+def _subset(dataset: Subset[Any]) -> View:
+    whole = source_of(dataset.dataset)
+    indices = torch.as_tensor(np.asarray(dataset.indices, dtype=np.int64))
+    if isinstance(whole, PairSource) and len(whole.labels) > 2 and bool((indices.abs() < 2).all()):
+        _refuse_pair("A subset")
+    return View(dataset, whole, indices)
+
+
+def _refuse_pair(what: str) -> None:
+    raise ValueError(
+        f"{what} of `(images, labels)` has the items of a tuple of length two, as torch and "
+        "`random_split` see it. Take it of `LabelledImages((images, labels))`."
+    )
+
+
+class JoinedSource(Source):
+    """Datasets one after the other, their classes joined by name."""
 
     def __init__(self, dataset: ConcatDataset[Any]) -> None:
+        if any(PairSource.takes(part) for part in dataset.datasets):
+            _refuse_pair("A `ConcatDataset`")
         self._parts = parts = [source_of(part) for part in dataset.datasets]
         self._ends = np.cumsum([len(part.labels) for part in parts])
-        names = [part.class_names for part in parts]
-        if any(other != names[0] for other in names):
-            raise ValueError(
-                f"The joined datasets give their class ids different names: {names}. Join "
-                "datasets with the same classes."
-            )
-        super().__init__(dataset, torch.cat([part.labels for part in parts]), names[0])
+        labels, names = join_classes(*((part.labels, part.class_names) for part in parts))
+        super().__init__(dataset, torch.cat(labels), names)
         self.in_memory = all(part.in_memory for part in parts)
         self.of_features = parts[0].of_features
         if any(part.of_features != self.of_features for part in parts):
             raise ValueError(
                 "The joined datasets are images and cached features. Join one kind, for instance "
                 "by `cache_features` of the images too."
+            )
+        if any(part.system is not None for part in parts):
+            self.system = torch.cat(
+                [
+                    torch.zeros(len(part.labels), dtype=torch.bool)
+                    if part.system is None
+                    else part.system
+                    for part in parts
+                ]
             )
 
     def _place(self, index: int) -> tuple[Source, int]:
@@ -91,6 +142,11 @@ class ConcatSource(Source):
         """That of the part that it is in."""
         part, index = self._place(index)
         return part.image(index)
+
+    def check_label(self, index: int) -> None:
+        """That of the part that it is in."""
+        part, index = self._place(index)
+        part.check_label(index)
 
     def path(self, index: int) -> str | None:
         """That of the part that it is in."""

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pairclip.datasets.kinds import source_of
+from pairclip._randomness import random_state_kept
+from pairclip.datasets.kinds import View, source_of
+from pairclip.datasets.labels import MISSING, places
+from pairclip.datasets.notices import Notices
 from pairclip.datasets.rgb import as_rgb
+from pairclip.datasets.source import LabelsDiffer, Source
 
 # What Pillow, torchvision and the readers behind them raise on a damaged file, and `as_rgb` on
 # what is no image.
@@ -22,18 +29,32 @@ _READ_ERRORS = (
     TypeError,
     Image.DecompressionBombError,
 )
+_ITEMS_LOOKED_AT = 8
+# Twice the image size of the largest towers in use: no detail that they see is lost.
+_DRAFT_SIZE = 768
 
 
 class LabelledImages(Dataset[tuple[Any, int]]):
     """A labelled dataset, opened: RGB images, class ids and names, whatever its kind.
 
+    An image is what a person sees: upright as its EXIF data says, transparency on white. Hidden
+    files and folders of an `ImageFolder`, and those of a system, are left out.
+
     Args:
         dataset: Anything with ``len()`` and ``[i] -> (image, label)``: a torchvision dataset or
             `ImageFolder`, a `Subset` or `ConcatDataset` of those, a Hugging Face dataset, a pair
-            ``(images, labels)``, or your own. Images may be PIL images of any mode, uint8 arrays
-            ``[H, W]`` or ``[H, W, 3]``, uint8 tensors ``[3, H, W]``, or float tensors
-            ``[3, H, W]`` in ``[0, 1]``, or paths. Labels may be integers or names. Or
-            `CachedFeatures`, or a `Subset` or `ConcatDataset` of them.
+            ``(images, labels)``, a `TableDataset`, a folder with a folder for each class, or your
+            own. Images may be PIL images of any mode, uint8 arrays ``[H, W]`` or ``[H, W, 3]``,
+            uint8 tensors ``[3, H, W]``, or float tensors ``[3, H, W]`` in ``[0, 1]``, or paths.
+            Labels may be integers or names. Or `CachedFeatures`, or a `Subset` or
+            `ConcatDataset` of them.
+        drop_missing: Leave out images without a label (None, NaN, an empty name, or -1), with a
+            warning that counts them, instead of raising.
+        relabel: Number the classes that are there from 0, for instance those of a subset for a
+            loss that has one proxy for each class.
+        draft_decode: Decode JPEG files that are much larger than a tower takes at 1/2, 1/4 or 1/8
+            of their size, several times as fast: so that the shorter side has at least 768 pixels,
+            or as many as given here. The pixels differ a little from the exact ones.
 
     Attributes:
         labels: Class id of each image, int64 ``[N]``.
@@ -42,7 +63,8 @@ class LabelledImages(Dataset[tuple[Any, int]]):
             tower, and not images: as they are, of one image ``[T, H]``.
 
     Raises:
-        ValueError: If the dataset is empty, or its labels don't fit its images.
+        ValueError: If the dataset is empty, its labels don't fit its images or its items, or some
+            are missing.
         TypeError: If it is no labelled dataset.
 
     Example:
@@ -54,13 +76,29 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         (tensor([1, 0]), ['cat', 'dog'], (8, 8))
     """
 
-    def __init__(self, dataset: Any) -> None:
-        self.source = source_of(dataset)
-        self.labels, self.class_names = self.source.labels, self.source.class_names
-        if not len(self.labels):
-            raise ValueError("`dataset` has no images. Check the folder or the filter it is from.")
-        self.dataset: Any = self.source.dataset
-        self.of_features = self.source.of_features
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        drop_missing: bool = False,
+        relabel: bool = False,
+        draft_decode: bool | int = False,
+    ) -> None:
+        opened = isinstance(dataset, LabelledImages)
+        source = source_of(dataset)
+        if not opened:
+            _check_some_labels(source)
+        source = _labelled(source, drop_missing)
+        if relabel:
+            source = _relabelled(source)
+        self.source = source
+        self.labels, self.class_names = source.labels, source.class_names
+        self.dataset: Any = source.dataset
+        self.of_features = source.of_features
+        self._notices = dataset._notices if opened else Notices()
+        self._shorter_side: int | None = dataset._shorter_side if opened else None
+        if draft_decode is not False:
+            self._shorter_side = _DRAFT_SIZE if draft_decode is True else draft_decode
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -72,13 +110,21 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         if self.of_features:
             return self.source.image(index), int(self.labels[index])
         try:
-            image = as_rgb(self.source.image(index))
+            image = as_rgb(
+                self.source.image(index),
+                shorter_side=self._shorter_side,
+                say=lambda kind, words: self._notices.say(kind, f"{self._name(index)}: {words}"),
+            )
+        except LabelsDiffer:
+            raise
         except _READ_ERRORS as error:
-            path = self.source.path(index)
-            where = f"Image {index}" + (f" ({path})" if path else "")
             kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(f"{where} can't be read: {error}") from error
+            raise kind(f"{self._name(index)} can't be read: {error}") from error
         return image, int(self.labels[index])
+
+    def _name(self, index: int) -> str:
+        path = self.source.path(index)
+        return f"Image {index}" + (f" ({path})" if path else "")
 
 
 def labels_of(dataset: Any) -> Tensor:
@@ -100,7 +146,7 @@ def labels_of(dataset: Any) -> Tensor:
         >>> labels_of((["a.png", "b.png", "c.png"], [3, 1, 3]))
         tensor([3, 1, 3])
     """
-    return source_of(dataset).labels.clone()
+    return _labelled(source_of(dataset)).labels.clone()
 
 
 def class_names_of(dataset: Any) -> list[str] | None:
@@ -120,4 +166,59 @@ def class_names_of(dataset: Any) -> list[str] | None:
         >>> class_names_of((["a.png", "b.png"], ["dog", "cat"]))
         ['cat', 'dog']
     """
-    return source_of(dataset).class_names
+    return _labelled(source_of(dataset)).class_names
+
+
+def _labelled(source: Source, drop_missing: bool = False) -> Source:
+    """What has a label, without what is no image of the collection."""
+    if not len(source.labels):
+        raise ValueError("`dataset` has no images. Check the folder or the filter it is from.")
+    left_out = torch.zeros(len(source.labels), dtype=torch.bool)
+    if source.system is not None and bool(source.system.any()):
+        left_out = source.system
+        first = source.path(int(left_out.nonzero()[0, 0]))
+        warnings.warn(
+            f"{int(left_out.sum()):,} files are hidden or in hidden or system folders and are left "
+            f"out, first '{first}'.",
+            stacklevel=3,
+        )
+    missing = (source.labels == MISSING) & ~left_out
+    rows = missing.nonzero()[:, 0]
+    if len(rows) and not drop_missing:
+        raise ValueError(
+            f"{len(rows):,} of {len(missing):,} images have no label (None, NaN, an empty name, or "
+            f"-1), those at {places(rows)}. Leave them out with "
+            "`LabelledImages(dataset, drop_missing=True)`."
+        )
+    if len(rows):
+        warnings.warn(
+            f"{len(rows):,} of {len(missing):,} images have no label and are left out, those at "
+            f"{places(rows)}.",
+            stacklevel=3,
+        )
+    keep = ~(left_out | missing)
+    if bool(keep.all()):
+        return source
+    if not bool(keep.any()):
+        raise ValueError("`dataset` has no image with a label.")
+    return View(source.dataset, source, keep.nonzero()[:, 0])
+
+
+def _relabelled(source: Source) -> Source:
+    there, labels = source.labels.unique(return_inverse=True)
+    names = source.class_names
+    classes = labels, None if names is None else [names[id_] for id_ in there.tolist()]
+    return View(source.dataset, source, torch.arange(len(labels)), classes)
+
+
+def _check_some_labels(source: Source) -> None:
+    """Raise if one of some items has another label than the dataset tells."""
+    sample = np.linspace(0, len(source.labels) - 1, _ITEMS_LOOKED_AT).round().astype(int)
+    with random_state_kept():
+        for index in np.unique(sample).tolist() if len(source.labels) else ():
+            try:
+                source.check_label(index)
+            except LabelsDiffer:
+                raise
+            except _READ_ERRORS:
+                continue  # said where it is read

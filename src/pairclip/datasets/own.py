@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch.utils.data import IterableDataset, TensorDataset
 from tqdm import tqdm
 
+from pairclip._randomness import random_state_kept
 from pairclip.datasets.labels import ids_and_names
-from pairclip.datasets.source import Source
+from pairclip.datasets.source import LabelsDiffer, Source
 
 # Where datasets of torchvision and its likes keep their files, some with a label beside each.
 _FILE_ATTRIBUTES = ("samples", "imgs", "_image_files", "_images")
@@ -23,17 +24,9 @@ class OwnSource(Source):
     """A map-style dataset; all is read once for the labels if it doesn't tell them."""
 
     def __init__(self, dataset: Any) -> None:
-        if isinstance(dataset, Mapping):
-            raise TypeError(
-                f"`dataset` must be one dataset, got several under {list(dataset)}. Choose one, "
-                "for instance `dataset['train']`."
-            )
-        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-            raise TypeError(
-                "`dataset` must have len() and [i] -> (image, label), got "
-                f"{type(dataset).__name__}."
-            )
-        ids, names = ids_and_names(self.told_labels(dataset), len(dataset))
+        _check_kind(dataset)
+        self._told = self.told_labels(dataset)
+        ids, names = ids_and_names(self._told, len(dataset))
         given = getattr(dataset, "classes", None)
         if names is None and isinstance(given, (list, tuple)) and not target_transform(dataset):
             names = [str(name) for name in given]
@@ -52,14 +45,27 @@ class OwnSource(Source):
             "are read once to find them. Give it a `targets` attribute to avoid that.",
             stacklevel=2,
         )
-        return [
-            _item(dataset, index)[1]
-            for index in tqdm(range(len(dataset)), desc="Reading labels", disable=None)
-        ]
+        with random_state_kept():
+            return [
+                _item(dataset, index)[1]
+                for index in tqdm(range(len(dataset)), desc="Reading labels", disable=None)
+            ]
 
     def image(self, index: int) -> Any:
-        """The image of the item."""
-        return _item(self.dataset, index)[0]
+        """The image of the item, whose label must be the one that was told."""
+        image, label = _item(self.dataset, index)
+        told = self._told.iloc[index] if hasattr(self._told, "iloc") else self._told[index]
+        if not _same(label, told):
+            raise LabelsDiffer(
+                f"{type(self.dataset).__name__} tells the label {_plain(told)!r} of image {index}, "
+                f"but its item has {_plain(label)!r}. Give it an attribute `targets` with the "
+                "labels of its items."
+            )
+        return image
+
+    def check_label(self, index: int) -> None:
+        """Read the item."""
+        self.image(index)
 
     def path(self, index: int) -> str | None:
         """The file in the list of files, where it has one."""
@@ -88,7 +94,55 @@ def target_transform(dataset: Any) -> Any:
 def _item(dataset: Any, index: int) -> tuple[Any, Any]:
     item = dataset[index]
     if not (isinstance(item, (tuple, list)) and len(item) == 2):
+        what = type(item).__name__
+        if isinstance(item, (tuple, list)):
+            what += f" of {len(item)}"
+        elif isinstance(item, Mapping):
+            what += f" with {list(item)}"
         raise TypeError(
-            f"`dataset[{index}]` must be a pair (image, label), got {type(item).__name__}."
+            f"`dataset[{index}]` must be a pair (image, label), got {what}. Wrap the dataset in "
+            "one whose [i] gives these two."
         )
     return item[0], item[1]
+
+
+def _plain(label: Any) -> Any:
+    """A label as Python has it, whatever holds the one number."""
+    if hasattr(label, "tolist"):  # of torch or NumPy
+        label = label.tolist()
+    if isinstance(label, (list, tuple)) and len(label) == 1:
+        return _plain(label[0])
+    return label
+
+
+def _same(label: Any, told: Any) -> bool:
+    if label is told:
+        return True
+    label, told = _plain(label), _plain(told)
+    return bool(label == told) or (label != label and told != told)
+
+
+def _check_kind(dataset: Any) -> None:
+    """Raise a TypeError with words of its own for what looks like a dataset and is none."""
+    if isinstance(dataset, Mapping):
+        raise TypeError(
+            f"`dataset` must be one dataset, got several under {list(dataset)}. Choose one, for "
+            "instance `dataset['train']`; columns of images and labels are given as "
+            "`(images, labels)`."
+        )
+    if isinstance(dataset, (IterableDataset, Iterator)) or (
+        hasattr(dataset, "__iter__") and not hasattr(dataset, "__len__")
+    ):
+        raise TypeError(
+            f"`dataset` must have len() and [i] -> (image, label), got the stream "
+            f"{type(dataset).__name__}. Train on it through `StreamedImages`, or make a list of it."
+        )
+    if hasattr(dataset, "columns") or hasattr(dataset, "column_names"):
+        raise TypeError(
+            f"`dataset` is a table ({type(dataset).__name__}). Name its columns: "
+            "`TableDataset(table, image='path', label='label')`."
+        )
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise TypeError(
+            f"`dataset` must have len() and [i] -> (image, label), got {type(dataset).__name__}."
+        )

@@ -11,6 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 
+class LabelsDiffer(ValueError):
+    """A dataset tells other labels than its items have."""
+
+
 class Source:
     """One dataset, seen as images with class ids.
 
@@ -20,15 +24,18 @@ class Source:
 
     Attributes:
         dataset: What was given.
-        labels: Class id of each image, int64 ``[N]``; memory of its own.
+        labels: Class id of each image, int64 ``[N]``, `MISSING` for none; memory of its own.
         class_names: Name of each class id, or None.
         in_memory: Whether the images are an array or a tensor, so that reading one draws nothing
             at random.
         of_features: Whether the items are features of `cache_features`.
+        system: Which images are no images of the collection, but hidden files or those that a
+            system or an editor left there, bool ``[N]``; or None.
     """
 
     in_memory = False
     of_features = False
+    system: Tensor | None = None
 
     def __init__(self, dataset: Any, labels: Tensor, class_names: list[str] | None) -> None:
         self.dataset = dataset
@@ -38,6 +45,9 @@ class Source:
     def image(self, index: int) -> Any:
         """The image at `index`, of any kind that `as_rgb` takes; `index` is in ``[0, N)``."""
         raise NotImplementedError
+
+    def check_label(self, index: int) -> None:
+        """Raise `LabelsDiffer` if the item has another label than the dataset tells."""
 
     def path(self, index: int) -> str | None:
         """The file that an image is read from, where the dataset tells."""
