@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,23 @@ from scipy.spatial.distance import squareform
 
 from pairclip.datasets import LabelledImages
 from pairclip.evaluation.result import Evaluation
+
+# Metrics of the evaluations during training that pictures and pages show.
+TRACKED = ("recall_at_1", "mean_average_precision", "gap")
+
+
+class Hit(NamedTuple):
+    """An image that a query found: its number, its class, its cosine, and whether it is right."""
+
+    image: int
+    class_name: str
+    score: float
+    is_right: bool
+
+    @property
+    def mark(self) -> str:
+        """A sign that says the last without colour."""
+        return "✓" if self.is_right else "✗"
 
 
 def images_of(evaluation: Evaluation, dataset: Any) -> LabelledImages:
@@ -46,6 +63,25 @@ def neighbor_is_right(evaluation: Evaluation) -> npt.NDArray[np.bool_]:
     return right
 
 
+def hits(evaluation: Evaluation, row: int, k: int) -> list[Hit]:
+    """The k nearest images of the query in a row of `Evaluation.queries`, as far as there are k."""
+    own = evaluation.labels[evaluation.queries[row]]
+    found = zip(
+        evaluation.neighbors[row, :k].tolist(),
+        evaluation.neighbor_scores[row, :k].tolist(),
+        strict=True,
+    )
+    return [
+        Hit(image, class_name(evaluation, image), score, bool(evaluation.labels[image] == own))
+        for image, score in found
+    ]
+
+
+def class_name(evaluation: Evaluation, image: int) -> str:
+    """Name of the class of an image."""
+    return evaluation.class_names[int(evaluation.labels[image])]
+
+
 def classes_in_turn(classes: npt.NDArray[np.int64], places: Sequence[int]) -> list[int]:
     """The places, in their order within a class, but with the classes taking turns."""
     seen: dict[int, int] = {}
@@ -54,6 +90,19 @@ def classes_in_turn(classes: npt.NDArray[np.int64], places: Sequence[int]) -> li
         turn = seen[int(classes[place])] = seen.get(int(classes[place]), -1) + 1
         turns.append(turn)
     return [places[i] for i in np.argsort(turns, kind="stable")]
+
+
+def pair_densities(evaluation: Evaluation) -> dict[str, npt.NDArray[np.float64]]:
+    """Either kind of pair over the bins of the histogram, as an area of 1, or 0 without a pair.
+
+    The many pairs of different classes would otherwise hide the few of one class.
+    """
+    histogram = evaluation.histogram
+    widths = np.diff(histogram.edges)
+    return {
+        kind: counts / (max(1, counts.sum()) * widths)
+        for kind, counts in (("different", histogram.different), ("same", histogram.same))
+    }
 
 
 def pair_range(*evaluations: Evaluation) -> tuple[float, float]:

@@ -20,10 +20,12 @@ def change_row(title: str, change: Change) -> str:
     return f"| {title} | {before} | {after} | {difference} | {interval} |"
 
 
-def as_text(value: float) -> str:
-    """A metric with three decimals; "-" where it isn't defined."""
+def as_text(value: float | None, digits: int = 3) -> str:
+    """A metric with that many decimals; "-" where it isn't defined."""
+    if value is None or math.isnan(value):
+        return "-"
     # Adding 0 turns a rounded -0.0 into 0.0.
-    return "-" if math.isnan(value) else f"{round(value, 3) + 0.0:.3f}"
+    return f"{round(float(value), digits) + 0.0:.{digits}f}"
 
 
 def signed(difference: float) -> str:

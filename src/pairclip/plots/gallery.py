@@ -10,7 +10,7 @@ import numpy as np
 
 from pairclip import _checks
 from pairclip.evaluation import Evaluation
-from pairclip.evaluation.showing import classes_in_turn, images_of, neighbor_is_right
+from pairclip.evaluation.showing import class_name, classes_in_turn, hits, images_of
 from pairclip.plots.drawing import new_figure, saved, shortened
 
 if TYPE_CHECKING:
@@ -68,7 +68,6 @@ def plot_retrieval(
         raise ValueError(f"`k` must be at most the {kept} neighbours of the evaluation, got {k}.")
     images = images_of(evaluation, dataset)
     rows = _rows(evaluation, queries)
-    right = neighbor_is_right(evaluation)
     cell, head = 1.15, 0.45 if title else 0.05
     figure = new_figure(cell * (k + 1) + 0.3, (cell + 0.2) * len(rows) + head)
     width, height = figure.get_size_inches()
@@ -81,13 +80,12 @@ def plot_retrieval(
             return figure.add_axes((left / width, bottom, side / width, side / height))
 
         query = int(evaluation.queries[row])
-        _draw(place(0), images[query][0], _name(evaluation, query), "black")
-        for column in range(k):
-            found = int(evaluation.neighbors[row, column])
-            mark, color = ("✓", _RIGHT) if right[row, column] else ("✗", _WRONG)
-            score = evaluation.neighbor_scores[row, column]
-            caption = f"{mark} {_name(evaluation, found)}  {score:.2f}"
-            _draw(place(column + 1), images[found][0], caption, color)
+        name = shortened(class_name(evaluation, query), 11)
+        _draw(place(0), images[query][0], name, "black")
+        for column, hit in enumerate(hits(evaluation, row, k), 1):
+            caption = f"{hit.mark} {shortened(hit.class_name, 11)}  {hit.score:.2f}"
+            color = _RIGHT if hit.is_right else _WRONG
+            _draw(place(column), images[hit.image][0], caption, color)
     if title:
         figure.text(0.5, 1 - 0.1 / height, title, ha="center", va="top", size=11, parse_math=False)
     return saved(figure, path)
@@ -109,10 +107,6 @@ def _rows(evaluation: Evaluation, queries: int | Sequence[int]) -> list[int]:
     if not len(queries):
         raise ValueError("`queries` must name at least one image, got none.")
     return [row_of[int(query)] for query in queries]
-
-
-def _name(evaluation: Evaluation, image: int) -> str:
-    return shortened(evaluation.class_names[evaluation.labels[image]], 11)
 
 
 def _draw(axes: Axes, image: Image.Image, caption: str, color: str) -> None:

@@ -14,6 +14,7 @@ from pairclip import _checks
 from pairclip.datasets import as_rgb
 from pairclip.evaluation import Evaluation
 from pairclip.evaluation.showing import similarity_order
+from pairclip.evaluation.wording import as_text
 from pairclip.plots.drawing import new_figure, saved, shortened
 
 if TYPE_CHECKING:
@@ -64,14 +65,15 @@ def plot_similarity_matrix(
     """
     count = len(images)
     values = _square(similarity, count)
-    _check_names(names, count)
+    if names is not None and len(names) != count:
+        raise ValueError(f"`names` must have one name per image, got {len(names)} for {count}.")
     cell = 0.8
     left, top, right, bottom = 1.3, 1.0 + (0.45 if title else 0), 1.1, 0.25
     size = cell * count
     figure = new_figure(left + size + right, top + size + bottom)
     width, height = figure.get_size_inches()
     axes = figure.add_axes((left / width, bottom / height, size / width, size / height))
-    drawn = _draw_cells(axes, values, digits=2)
+    drawn = _draw_cells(axes, values, written=True)
     axes.set_xticks([])
     axes.set_yticks([])
     for number, image in enumerate(images):
@@ -96,7 +98,7 @@ def plot_similarity_matrix(
     bar = figure.add_axes(
         ((left + size + 0.2) / width, bottom / height, 0.16 / width, size / height)
     )
-    _color_bar(figure, drawn, bar)
+    _color_bar(figure, drawn, cax=bar)
     if title:
         figure.text(0.5, 1 - 0.1 / height, title, ha="center", va="top", size=11, parse_math=False)
     return saved(figure, path)
@@ -149,7 +151,7 @@ def plot_class_similarity(
     size = max(2.5, cell * count)
     figure = new_figure(size + 2.6, size + 1.9, layout="compressed")
     axes = figure.add_subplot()
-    drawn = _draw_cells(axes, values, digits=2 if count <= _MOST_VALUES else None)
+    drawn = _draw_cells(axes, values, written=count <= _MOST_VALUES)
     if cell >= 0.12:
         names = [shortened(evaluation.class_names[place], 18) for place in places]
         text_size = min(_TEXT_SIZE, 60 * cell)
@@ -157,7 +159,7 @@ def plot_class_similarity(
         axes.set_yticks(range(count), names, size=text_size, parse_math=False)
     if title:
         axes.set_title(title, size=11, parse_math=False)
-    _color_bar(figure, drawn, None)
+    _color_bar(figure, drawn, fraction=0.046, pad=0.03)
     return saved(figure, path)
 
 
@@ -178,21 +180,19 @@ def _order(
     return similarity_order(evaluation.class_similarity)
 
 
-def _draw_cells(axes: Axes, values: npt.NDArray[Any], digits: int | None) -> Any:
+def _draw_cells(axes: Axes, values: npt.NDArray[Any], *, written: bool) -> Any:
     drawn = axes.imshow(values, cmap=_COLORS, vmin=_LIMITS[0], vmax=_LIMITS[1])
-    if digits is None:
+    if not written:
         return drawn
     for row, column in np.ndindex(*values.shape):
         value = values[row, column]
         red, green, blue, _ = drawn.cmap(drawn.norm(value))
         # Relative luminance: white values on dark cells, black on light ones.
         dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.45
-        # Adding 0 turns a rounded -0.0 into 0.0.
-        text = "-" if np.isnan(value) else f"{round(float(value), digits) + 0.0:.{digits}f}"
         axes.text(
             column,
             row,
-            text,
+            as_text(value, 2),
             ha="center",
             va="center",
             size=_TEXT_SIZE,
@@ -201,12 +201,8 @@ def _draw_cells(axes: Axes, values: npt.NDArray[Any], digits: int | None) -> Any
     return drawn
 
 
-def _color_bar(figure: Figure, drawn: Any, axes: Axes | None) -> None:
-    bar = (
-        figure.colorbar(drawn, cax=axes)
-        if axes is not None
-        else figure.colorbar(drawn, fraction=0.046, pad=0.03)
-    )
+def _color_bar(figure: Figure, drawn: Any, **place: Any) -> None:
+    bar = figure.colorbar(drawn, **place)
     bar.set_label("cosine similarity")
     bar.outline.set_visible(False)
 
@@ -219,8 +215,3 @@ def _square(values: Tensor | npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
             f"{list(array.shape)}."
         )
     return array
-
-
-def _check_names(names: Sequence[str] | None, count: int) -> None:
-    if names is not None and len(names) != count:
-        raise ValueError(f"`names` must have one name per image, got {len(names)} for {count}.")

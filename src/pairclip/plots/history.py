@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pairclip.evaluation.showing import TRACKED
 from pairclip.finetuner import History
 from pairclip.plots.drawing import new_figure, saved
+from pairclip.retrieval import METRICS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,11 +57,10 @@ def plot_history(
         rows[0].legend(frameon=False)
     rows[0].set_ylabel("loss")
     if evaluated:
-        shown = {"recall_at_1": "recall at 1", "mean_average_precision": "mAP", "gap": "gap"}
         at = [record["step"] for record in history.evaluations]
-        for key, label in shown.items():
+        for key in TRACKED:
             values = [record[key] for record in history.evaluations]
-            rows[1].plot(at, values, marker="o", markersize=4, label=label)
+            rows[1].plot(at, values, marker="o", markersize=4, label=METRICS[key].title)
         rows[1].set_ylabel("held-out images")
         rows[1].legend(frameon=False)
     rates = [record["learning_rate"] for record in history.steps]

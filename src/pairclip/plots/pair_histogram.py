@@ -6,10 +6,8 @@ import math
 import os
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from pairclip.evaluation import Evaluation
-from pairclip.evaluation.showing import pair_range
+from pairclip.evaluation.showing import pair_densities, pair_range
 from pairclip.plots.drawing import DIFFERENT_COLOR, SAME_COLOR, new_figure, saved
 
 if TYPE_CHECKING:
@@ -67,18 +65,14 @@ def plot_pair_histogram(
 
 
 def _draw(axes: Axes, evaluation: Evaluation) -> None:
-    histogram = evaluation.histogram
-    for label, counts, color, line in [
-        ("same class", histogram.same, SAME_COLOR, "-"),
-        ("different classes", histogram.different, DIFFERENT_COLOR, "--"),
+    edges, densities = evaluation.histogram.edges, pair_densities(evaluation)
+    for kind, label, color, line in [
+        ("same", "same class", SAME_COLOR, "-"),
+        ("different", "different classes", DIFFERENT_COLOR, "--"),
     ]:
-        if not counts.sum():
-            continue
-        density = counts / (counts.sum() * np.diff(histogram.edges))
-        axes.stairs(density, histogram.edges, fill=True, color=color, alpha=0.25)
-        axes.stairs(
-            density, histogram.edges, color=color, linewidth=1.4, linestyle=line, label=label
-        )
+        if (density := densities[kind]).any():
+            axes.stairs(density, edges, fill=True, color=color, alpha=0.25)
+            axes.stairs(density, edges, color=color, linewidth=1.4, linestyle=line, label=label)
     threshold = evaluation.best_threshold
     if not math.isnan(threshold):
         axes.axvline(threshold, color="0.25", linewidth=1, linestyle=":")

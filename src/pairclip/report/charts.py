@@ -9,10 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from pairclip.evaluation import Evaluation
-from pairclip.evaluation.showing import pair_range
+from pairclip.evaluation.showing import TRACKED, pair_densities, pair_range
 from pairclip.evaluation.wording import as_text
 from pairclip.finetuner import History
-from pairclip.report.html import Html, element, joined, scrolling
+from pairclip.report.html import Html, element, joined, table
+from pairclip.retrieval import METRICS
 
 _WIDTH, _HEIGHT = 420, 200
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40, 12, 10, 36
@@ -41,10 +42,10 @@ class _Frame(NamedTuple):
         )
 
 
-def pair_histograms(shown_evaluations: dict[str, Evaluation]) -> Html:
+def pair_histograms(evaluations: dict[str, Evaluation]) -> Html:
     """Densities of the similarities of pairs beside each other, on the same axes."""
-    low, high = pair_range(*shown_evaluations.values())
-    densities = {when: _densities(each) for when, each in shown_evaluations.items()}
+    low, high = pair_range(*evaluations.values())
+    densities = {when: pair_densities(each) for when, each in evaluations.items()}
     peak = max(float(values.max()) for each in densities.values() for values in each.values())
     frame = _Frame((low, high), (0, 1.05 * peak))
     legend = element(
@@ -56,7 +57,7 @@ def pair_histograms(shown_evaluations: dict[str, Evaluation]) -> Html:
     )
     charts = [
         _histogram(when, evaluation, densities[when], frame)
-        for when, evaluation in shown_evaluations.items()
+        for when, evaluation in evaluations.items()
     ]
     return joined(legend, element("div", *charts, class_="beside"))
 
@@ -87,15 +88,6 @@ def training(history: History) -> Html:
         _evaluations(history) if history.evaluations else None,
         class_="beside",
     )
-
-
-def _densities(evaluation: Evaluation) -> dict[str, npt.NDArray[np.float64]]:
-    histogram = evaluation.histogram
-    widths = np.diff(histogram.edges)
-    return {
-        kind: counts / (max(1, counts.sum()) * widths)
-        for kind, counts in [("different", histogram.different), ("same", histogram.same)]
-    }
 
 
 def _histogram(
@@ -178,26 +170,11 @@ def _key(kind: str, text: str) -> Html:
 
 
 def _evaluations(history: History) -> Html:
-    shown_keys = {"recall_at_1": "recall at 1", "mean_average_precision": "mAP", "gap": "gap"}
-    head = element(
-        "tr",
-        *(
-            element("th", title, scope="col", class_="number")
-            for title in ("step", *shown_keys.values())
-        ),
+    return table(
+        "Evaluations during training",
+        ["step", *(METRICS[key].title for key in TRACKED)],
+        [
+            [str(record["step"]), *(as_text(record.get(key)) for key in TRACKED)]
+            for record in history.evaluations
+        ],
     )
-    rows = [
-        element(
-            "tr",
-            element("th", str(record["step"]), scope="row", class_="number"),
-            *(element("td", _or_dash(record.get(key)), class_="number") for key in shown_keys),
-        )
-        for record in history.evaluations
-    ]
-    caption = element("caption", "Evaluations during training")
-    table = element("table", caption, element("thead", head), element("tbody", *rows))
-    return scrolling("Evaluations during training", table)
-
-
-def _or_dash(value: float | None) -> str:
-    return "-" if value is None else as_text(value)

@@ -9,7 +9,7 @@ from pairclip.evaluation import Evaluation
 from pairclip.evaluation.showing import similarity_order
 from pairclip.evaluation.wording import as_text, signed
 from pairclip.report.colors import heat_class
-from pairclip.report.html import Html, element, scrolling
+from pairclip.report.html import Html, element, scrolling, table
 from pairclip.retrieval import METRICS
 
 _MOST_CLASSES = 40
@@ -17,12 +17,12 @@ _MOST_VALUES = 12
 _PER_CLASS = ("recall_at_1", "mean_average_precision", "knn_accuracy")
 
 
-def heatmaps(shown_evaluations: dict[str, Evaluation]) -> Html:
+def heatmaps(evaluations: dict[str, Evaluation]) -> Html:
     """Class similarities beside each other: one order, one colour scale."""
-    evaluations = list(shown_evaluations.values())
-    places = _classes_to_show(evaluations)
-    order = places[similarity_order(evaluations[0].class_similarity[np.ix_(places, places)])]
-    total = len(evaluations[0].class_names)
+    compared = list(evaluations.values())
+    places = _classes_to_show(compared)
+    order = places[similarity_order(compared[0].class_similarity[np.ix_(places, places)])]
+    total = len(compared[0].class_names)
     which = "The classes" if len(order) == total else f"{len(order)} of {total} classes, those "
     which += "" if len(order) == total else "with the most similar others,"
     return element(
@@ -37,7 +37,7 @@ def heatmaps(shown_evaluations: dict[str, Evaluation]) -> Html:
         ),
         element(
             "div",
-            *(_heatmap(when, each, order) for when, each in shown_evaluations.items()),
+            *(_heatmap(when, each, order) for when, each in evaluations.items()),
             class_="beside",
         ),
         element("p", class_="readout", aria_live="polite"),
@@ -46,14 +46,11 @@ def heatmaps(shown_evaluations: dict[str, Evaluation]) -> Html:
     )
 
 
-def confused_classes(shown_evaluations: dict[str, Evaluation]) -> Html:
+def confused_classes(evaluations: dict[str, Evaluation]) -> Html:
     """The most similar pairs of classes of each evaluation, with their similarity in all."""
     return element(
         "div",
-        *(
-            _confused(when, evaluation, shown_evaluations)
-            for when, evaluation in shown_evaluations.items()
-        ),
+        *(_confused(when, evaluation, evaluations) for when, evaluation in evaluations.items()),
         class_="beside",
     )
 
@@ -96,8 +93,10 @@ def class_table(before: Evaluation | None, after: Evaluation) -> Html:
         )
         for place, name in enumerate(after.class_names)
     ]
-    table = element("table", head, element("tbody", *rows), class_="sortable")
-    return scrolling("Metrics of each class", table)
+    return scrolling(
+        "Metrics of each class",
+        element("table", head, element("tbody", *rows), class_="sortable"),
+    )
 
 
 def _class_metrics(
@@ -137,9 +136,9 @@ def _heatmap(when: str, evaluation: Evaluation, order: npt.NDArray[np.int64]) ->
             *(
                 element(
                     "td",
-                    _two_decimals(value),
+                    as_text(value, 2),
                     class_=heat_class(value),
-                    title=f"{name}, {other}: {_two_decimals(value)}",
+                    title=f"{name}, {other}: {as_text(value, 2)}",
                 )
                 for other, value in zip(names, row, strict=True)
             ),
@@ -147,15 +146,17 @@ def _heatmap(when: str, evaluation: Evaluation, order: npt.NDArray[np.int64]) ->
         for name, row in zip(names, values.tolist(), strict=True)
     ]
     dense = " dense" if len(names) > _MOST_VALUES else ""
-    table = element(
-        "table",
-        element("caption", when),
-        element("thead", head),
-        element("tbody", *rows),
-        class_=f"heat{dense}",
-        data_when=when,
+    return scrolling(
+        f"Class similarities: {when}",
+        element(
+            "table",
+            element("caption", when),
+            element("thead", head),
+            element("tbody", *rows),
+            class_=f"heat{dense}",
+            data_when=when,
+        ),
     )
-    return scrolling(f"Class similarities: {when}", table)
 
 
 def _scale() -> Html:
@@ -168,32 +169,19 @@ def _scale() -> Html:
     )
 
 
-def _confused(when: str, evaluation: Evaluation, shown_evaluations: dict[str, Evaluation]) -> Html:
+def _confused(when: str, evaluation: Evaluation, evaluations: dict[str, Evaluation]) -> Html:
     place_of = {name: place for place, name in enumerate(evaluation.class_names)}
-    rows = [
-        element(
-            "tr",
-            element("th", f"{one}, {other}", scope="row"),
-            *(
-                element(
-                    "td",
-                    as_text(float(each.class_similarity[place_of[one], place_of[other]])),
-                    class_="number",
-                )
-                for each in shown_evaluations.values()
-            ),
-        )
-        for one, other, _ in evaluation.confused_classes
-    ]
-    head = element(
-        "tr",
-        element("th", "Classes", scope="col"),
-        *(element("th", name, scope="col", class_="number") for name in shown_evaluations),
+    return table(
+        f"Most similar classes: {when}",
+        ["classes", *evaluations],
+        [
+            [
+                f"{one}, {other}",
+                *(
+                    as_text(each.class_similarity[place_of[one], place_of[other]])
+                    for each in evaluations.values()
+                ),
+            ]
+            for one, other, _ in evaluation.confused_classes
+        ],
     )
-    caption = element("caption", f"Most similar classes: {when}")
-    table = element("table", caption, element("thead", head), element("tbody", *rows))
-    return scrolling(f"Most similar classes: {when}", table)
-
-
-def _two_decimals(value: float) -> str:
-    return "-" if np.isnan(value) else f"{round(value, 2) + 0.0:.2f}"

@@ -9,7 +9,13 @@ import numpy.typing as npt
 
 from pairclip.datasets import LabelledImages
 from pairclip.evaluation import Evaluation
-from pairclip.evaluation.showing import classes_in_turn, neighbor_is_right
+from pairclip.evaluation.showing import (
+    Hit,
+    class_name,
+    classes_in_turn,
+    hits,
+    neighbor_is_right,
+)
 from pairclip.report.html import Html, element
 from pairclip.report.thumbnails import Thumbnails
 
@@ -24,16 +30,16 @@ class _Kind(NamedTuple):
     order: str
 
 
-def gallery(shown_evaluations: dict[str, Evaluation], images: LabelledImages) -> Html:
+def gallery(evaluations: dict[str, Evaluation], images: LabelledImages) -> Html:
     """Some queries of each kind with their nearest images; each image is stored once."""
-    after = list(shown_evaluations.values())[-1]
-    kinds = _kinds(list(shown_evaluations.values()))
+    after = list(evaluations.values())[-1]
+    kinds = _kinds(list(evaluations.values()))
     thumbnails = Thumbnails()
     parts = []
     numbers = _shared_out([len(kind.rows) for kind in kinds], _MOST_QUERIES)
     for kind, number in zip(kinds, numbers, strict=True):
         chosen = classes_in_turn(after.labels[after.queries], kind.rows.tolist())[:number]
-        cases = [_case(kind, row, shown_evaluations, images, thumbnails) for row in chosen]
+        cases = [_case(kind, row, evaluations, images, thumbnails) for row in chosen]
         which = f", {kind.order}, the classes in turn" if number < len(kind.rows) else ""
         parts.append(
             element(
@@ -93,54 +99,43 @@ def _shared_out(wanted: list[int], total: int) -> list[int]:
 def _case(
     kind: _Kind,
     row: int,
-    shown_evaluations: dict[str, Evaluation],
+    evaluations: dict[str, Evaluation],
     images: LabelledImages,
     thumbnails: Thumbnails,
 ) -> Html:
-    some = next(iter(shown_evaluations.values()))
+    some = next(iter(evaluations.values()))
     query = int(some.queries[row])
-    name = some.class_names[some.labels[query]]
-    hits = [
+    name = class_name(some, query)
+    found = [
         element(
             "div",
             element("p", when, class_="when"),
-            *(
-                _hit(evaluation, row, column, images, thumbnails)
-                for column in range(min(_NEIGHBORS, evaluation.neighbors.shape[1]))
-            ),
+            *(_hit(each, images, thumbnails) for each in hits(evaluation, row, _NEIGHBORS)),
             class_="hits",
         )
-        for when, evaluation in shown_evaluations.items()
+        for when, evaluation in evaluations.items()
     ]
     picture = thumbnails.show(query, images[query][0], f"query: {name}, image {query}")
     caption = element("figcaption", name, " ", element("small", f"image {query}"))
     return element(
         "li",
         element("figure", picture, caption, class_="query"),
-        element("div", *hits, class_="found"),
+        element("div", *found, class_="found"),
         data_kind=kind.name,
         data_class=int(some.labels[query]),
     )
 
 
-def _hit(
-    evaluation: Evaluation,
-    row: int,
-    column: int,
-    images: LabelledImages,
-    thumbnails: Thumbnails,
-) -> Html:
-    found = int(evaluation.neighbors[row, column])
-    name = evaluation.class_names[evaluation.labels[found]]
-    is_right = bool(evaluation.labels[found] == evaluation.labels[evaluation.queries[row]])
-    mark, word = ("✓", "right") if is_right else ("✗", "wrong")
+def _hit(hit: Hit, images: LabelledImages, thumbnails: Thumbnails) -> Html:
+    word = "right" if hit.is_right else "wrong"
+    picture = images[hit.image][0]
     return element(
         "figure",
-        thumbnails.show(found, images[found][0], f"{word}: {name}, image {found}"),
+        thumbnails.show(hit.image, picture, f"{word}: {hit.class_name}, image {hit.image}"),
         element(
             "figcaption",
-            element("span", mark, " ", name, class_="name", title=name),
-            element("small", f"{evaluation.neighbor_scores[row, column]:.2f}"),
+            element("span", hit.mark, " ", hit.class_name, class_="name", title=hit.class_name),
+            element("small", f"{hit.score:.2f}"),
         ),
         class_=f"hit {word}",
     )

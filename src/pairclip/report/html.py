@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+from collections.abc import Iterable, Sequence
 from importlib import resources
 
 from pairclip import __version__
@@ -53,6 +54,29 @@ def section(title: str, *children: str | None, intro: str | None = None) -> Html
 def scrolling(label: str, *children: str | None) -> Html:
     """A box that scrolls by itself, by keyboard too, so that the page doesn't have to."""
     return element("div", *children, class_="scroll", tabindex=0, role="region", aria_label=label)
+
+
+def table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Html:
+    """A table of names in its first column, and numbers."""
+    head = element("tr", *_cells("th", columns, "col"))
+    body = [element("tr", *_cells("td", row, "row")) for row in rows]
+    return scrolling(
+        caption,
+        element(
+            "table",
+            element("caption", caption),
+            element("thead", head),
+            element("tbody", *body),
+        ),
+    )
+
+
+def _cells(tag: str, texts: Sequence[str], scope: str) -> list[Html]:
+    numbers = {"class_": "number"} | ({"scope": scope} if tag == "th" else {})
+    return [
+        element("th", texts[0], scope=scope),
+        *(element(tag, text, **numbers) for text in texts[1:]),
+    ]
 
 
 def page(title: str, *content: str | None, note: str | None = None) -> str:
