@@ -24,7 +24,7 @@ from pairclip._randomness import random_state_kept
 from pairclip.datasets import LabelledImages
 from pairclip.finetuner import batches
 from pairclip.finetuner.batches import ItemKey, RunBatches, TrainingItems
-from pairclip.towers.base import Preprocess
+from pairclip.towers.preprocess import Preprocess
 
 LABELS = [number % 3 for number in range(24)]
 

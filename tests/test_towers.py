@@ -35,7 +35,7 @@ from transformers import (
 
 from pairclip import VisionTower, load_tower
 from pairclip.towers import random_tower
-from pairclip.towers.base import Preprocess
+from pairclip.towers.preprocess import Preprocess
 
 VISION = {
     "hidden_size": 32,

@@ -15,7 +15,8 @@ from tqdm import tqdm
 from pairclip import _checks
 from pairclip.datasets import LabelledImages
 from pairclip.towers import VisionTower
-from pairclip.towers.base import Preprocess, evaluating
+from pairclip.towers.modes import evaluating
+from pairclip.towers.preprocess import Preprocess
 
 
 def embed_images(

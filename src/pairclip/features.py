@@ -25,7 +25,7 @@ from pairclip._tensors import MappedTensors, bytes_of, write_header
 from pairclip.datasets import LabelledImages
 from pairclip.embedding import Pixels, pixel_batches
 from pairclip.towers import VisionTower
-from pairclip.towers.splitting import Trunk
+from pairclip.towers.vision_tower import Trunk
 
 _FORMAT = "pairclip features 1"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)

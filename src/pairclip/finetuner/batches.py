@@ -18,7 +18,7 @@ from pairclip._randomness import (
 )
 from pairclip.datasets import LabelledImages
 from pairclip.samplers import PairSampler
-from pairclip.towers.base import Preprocess
+from pairclip.towers.preprocess import Preprocess
 
 
 @runtime_checkable

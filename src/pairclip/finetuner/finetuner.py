@@ -45,8 +45,7 @@ from pairclip.finetuner.step import Trainer
 from pairclip.finetuner.stop_signals import StopSignals, leave_stopping_to_main
 from pairclip.history import History
 from pairclip.samplers import default_sampler
-from pairclip.towers import VisionTower
-from pairclip.towers.base import tower_of
+from pairclip.towers import VisionTower, tower_of
 
 _BATCH_SIZE = 128
 _KEEP = 2

@@ -18,7 +18,7 @@ from pairclip.callbacks import Callback
 from pairclip.checkpoints import trained_tensors
 from pairclip.finetuner.batches import BatchSampler, ItemKey, TrainingItems
 from pairclip.finetuner.step import Trainer
-from pairclip.towers.base import tower_of
+from pairclip.towers import tower_of
 
 _SAMPLED_ITEMS = 8
 

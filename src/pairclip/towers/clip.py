@@ -9,10 +9,10 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from pairclip.towers.pretrained import PretrainedTower
+from pairclip.towers.transformers_tower import TransformersTower
 
 
-class CLIPTower(PretrainedTower):
+class CLIPTower(TransformersTower):
     """Embeds with the projection where the model has one, else with its pooled output."""
 
     family = "CLIP"

@@ -13,7 +13,7 @@ from pairclip import _checks
 from pairclip.towers import adapters
 
 if TYPE_CHECKING:
-    from pairclip.towers.base import VisionTower
+    from pairclip.towers.vision_tower import VisionTower
 
 
 def freeze(
@@ -44,6 +44,22 @@ def freeze(
         parameter.requires_grad = may_train and parameter in chosen
 
 
+def say_what_trains(tower: VisionTower) -> tuple[int, int]:
+    """Print how much of a tower trains; the numbers of trainable and of all parameters."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in tower.parameters()]
+    trainable, total = sum(size for size, trains in sizes if trains), sum(s for s, _ in sizes)
+    try:
+        blocks = tower.blocks
+    except NotImplementedError:
+        of_blocks = ""
+    else:
+        train = sum(any(p.requires_grad for p in block.parameters()) for block in blocks)
+        of_blocks = f", {train} of {len(blocks)} blocks"
+    percent = 100 * trainable / max(total, 1)
+    print(f"Trainable: {trainable:,} of {total:,} parameters ({percent:.1f} %){of_blocks}.")
+    return trainable, total
+
+
 def _last(tower: VisionTower, count: int | None) -> set[nn.Parameter]:
     depths, blocks = tower._depths(), len(tower.blocks)
     count = _checks.check_count("all_but_last", count)
@@ -62,7 +78,7 @@ def _named(tower: VisionTower, argument: str, names: str | Sequence[str]) -> set
     found: set[nn.Parameter] = set()
     for name in wanted:
         if name == "projection":
-            matching = set(tower._projection().parameters())
+            matching = set(tower._projection())
         else:
             matching = {p for path, p in parameters.items() if _matches(path, name)}
         if not matching:

@@ -14,13 +14,13 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
 
-from pairclip.towers.base import VisionTower
 from pairclip.towers.clip import CLIPTower
 from pairclip.towers.plain import plain_tower
-from pairclip.towers.pretrained import PretrainedTower, quiet
 from pairclip.towers.siglip import SiglipTower
+from pairclip.towers.transformers_tower import TransformersTower, quiet
+from pairclip.towers.vision_tower import VisionTower
 
-_FAMILIES: tuple[type[PretrainedTower], ...] = (CLIPTower, SiglipTower)
+_FAMILIES: tuple[type[TransformersTower], ...] = (CLIPTower, SiglipTower)
 _HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
@@ -113,7 +113,9 @@ def load_tower(
     return tower if device is None else tower.to(device)
 
 
-def _read(source: str | os.PathLike[str], processor: Any) -> tuple[type[PretrainedTower], Any, Any]:
+def _read(
+    source: str | os.PathLike[str], processor: Any
+) -> tuple[type[TransformersTower], Any, Any]:
     """Family, image tower, and the image processor that was given or else saved, or None."""
     folder = _folder_of(source)
     if not (folder / "config.json").is_file():
@@ -157,7 +159,9 @@ def _not_from_hub(source: object, error: OSError) -> OSError:
     )
 
 
-def _read_model(source: str | os.PathLike[str], folder: Path, family: type[PretrainedTower]) -> Any:
+def _read_model(
+    source: str | os.PathLike[str], folder: Path, family: type[TransformersTower]
+) -> Any:
     config = AutoConfig.from_pretrained(folder)
     on_disk = _has_safetensors(folder)
     if not on_disk and Path(source).is_dir():

@@ -6,10 +6,11 @@ from itertools import chain
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from pairclip.towers.base import Preprocess, VisionTower, evaluating
+from pairclip.towers.modes import evaluating
+from pairclip.towers.preprocess import Preprocess, grey_image
+from pairclip.towers.vision_tower import VisionTower
 
 
 def plain_tower(module: nn.Module, transform: Any) -> VisionTower:
@@ -17,7 +18,7 @@ def plain_tower(module: nn.Module, transform: Any) -> VisionTower:
     if not callable(transform):
         raise TypeError(f"`image_processor` must be callable, got {type(transform).__name__}.")
     preprocess, name = Preprocess(transform), type(module).__name__
-    pixel_values: Any = preprocess(Image.new("RGB", (224, 224), (128, 128, 128)))
+    pixel_values: Any = preprocess(grey_image(224, 224))
     shape = list(pixel_values.shape) if isinstance(pixel_values, Tensor) else [0]
     if shape != [3, shape[-1], shape[-1]] or not pixel_values.is_floating_point():
         raise ValueError(

@@ -4,10 +4,10 @@ from typing import Any
 
 from transformers import SiglipImageProcessor, SiglipModel, SiglipVisionModel
 
-from pairclip.towers.pretrained import PretrainedTower
+from pairclip.towers.transformers_tower import TransformersTower
 
 
-class SiglipTower(PretrainedTower):
+class SiglipTower(TransformersTower):
     """Embeds with the output of the attention pooling head."""
 
     family = "SigLIP"

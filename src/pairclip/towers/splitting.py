@@ -1,83 +1,28 @@
-"""A tower cut in two that share its modules: a frozen trunk, and a head to train."""
+"""What a part of a tower is made of: some of its blocks, with what is before or after them."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from pairclip import _checks
-from pairclip.towers import adapters
-from pairclip.towers.base import VisionTower, evaluating
-from pairclip.towers.pretrained import PretrainedTower
-from pairclip.towers.views import kept, view
+from pairclip.towers import class_token
+from pairclip.towers.anatomy import Anatomy
+from pairclip.towers.modes import evaluating
+from pairclip.towers.views import Enter, Give, Pass, Stop, Stopped, restricted, swapped
 
-
-class _Part(PretrainedTower):
-    """Trunk or head of a tower."""
-
-    def __init__(self, whole: PretrainedTower, model: nn.Module) -> None:
-        super().__init__(model, whole.image_processor)
-        self.family = whole.family  # type: ignore[misc]
-        self.image_size = whole.image_size
-        self._whole = (whole,)  # in a tuple, for it is no part of this part
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Part:
-        """Move or convert all of the tower: its parts share modules, so they belong together."""
-        whole: Any = self._whole[0]
-        whole._apply(fn, recurse)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> NoReturn:
-        """Refuse: it would not be a model that `transformers` knows."""
-        raise NotImplementedError(
-            f"A {type(self).__name__.lower()} is a part of a tower and isn't saved alone. Save the "
-            "tower that was split, `tower.save_pretrained(folder)`: training the head trains it."
-        )
-
-
-class Trunk(_Part):
-    """What comes before the last blocks: pixel values to features, never trained."""
-
-    def __init__(self, whole: PretrainedTower, model: nn.Module) -> None:
-        super().__init__(whole, model)
-        self.embedding_dim = self._vision().config.hidden_size
-        self.eval()
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """Encode ``[B, 3, H, W]`` into features ``[B, T, H]``."""
-        with torch.no_grad(), evaluating(self):
-            vision = self._vision()
-            hidden = vision.embeddings(pixel_values)
-            if hasattr(vision, "pre_layrnorm"):
-                hidden = vision.pre_layrnorm(hidden)
-            features: Tensor = vision.encoder(inputs_embeds=hidden)[0]
-        return features
-
-
-class Head(_Part):
-    """The last blocks and what comes after them: features to embeddings."""
-
-    def __init__(self, whole: PretrainedTower, model: nn.Module) -> None:
-        super().__init__(whole, model)
-        self.embedding_dim = whole.embedding_dim
-        self.preprocess = FeaturePreprocess(self._vision().config.hidden_size)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Embed features ``[B, T, H]``, of any floating-point type, into ``[B, D]``."""
-        weight = next(self.parameters())
-        return super().forward(features.to(weight.dtype))
+if TYPE_CHECKING:
+    from pairclip.towers.vision_tower import Head, Trunk, VisionTower
 
 
 class FeaturePreprocess:
-    """Features ``[T, H]`` of one image, of any floating-point type, as float32."""
+    """Features of one image, of any floating-point type, as float32."""
 
-    def __init__(self, hidden_size: int) -> None:
-        self.hidden_size = hidden_size
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape = shape
 
     def __call__(self, features: Any) -> Tensor:
         """Check the shape and convert."""
@@ -87,44 +32,138 @@ class FeaturePreprocess:
                 f"{type(features).__name__}. Compute them once, "
                 "`features = cache_features(trunk, dataset, folder)`, and use them as the dataset."
             )
-        if features.ndim != 2 or features.shape[1] != self.hidden_size:
+        if tuple(features.shape) != self.shape:
             raise ValueError(
-                f"The features of an image must have shape [T, {self.hidden_size}], got "
+                f"The features of an image must have shape {list(self.shape)}, got "
                 f"{list(features.shape)}. Take them from the trunk of the same `tower.split(k)`."
             )
         return features.float()
 
 
-def split(tower: PretrainedTower, k: int) -> tuple[VisionTower, VisionTower]:
-    """Cut as `PretrainedTower.split` says."""
-    blocks = list(tower._vision().encoder.layers.named_children())
+class Section:
+    """Which part of a model: from what block to what block.
+
+    Attributes:
+        start: The block that the features enter, 0 for the first; after the last one where it is
+            their number. None for all that comes before the blocks too.
+        stop: The block that gives no more, so that features come out; None for all that follows.
+    """
+
+    def __init__(self, anatomy: Anatomy, start: int | None, stop: int | None) -> None:
+        self.anatomy = anatomy
+        self.start = start
+        self.stop = stop
+
+    @property
+    def blocks(self) -> slice:
+        """Those of the model's blocks that are in this part."""
+        return slice(self.start, self.stop)
+
+    def holds(self, depth: int) -> bool:
+        """Whether what is so deep in the model is in this part."""
+        after = len(self.anatomy.names) + 1
+        return (
+            (-1 if self.start is None else self.start)
+            < depth
+            <= (after if self.stop is None else self.stop)
+        )
+
+    def restrict(self, model: nn.Module) -> Any:
+        """The model with only the parameters of this part."""
+        row: Any = model.get_submodule(self.anatomy.parent)._modules
+        mine = range(len(self.anatomy.names))[self.blocks]
+        stands = {
+            self.anatomy.path(i): Pass(row[name], self.anatomy.extras)
+            for i, name in enumerate(self.anatomy.names)
+            if i not in mine
+        }
+        depths = self.anatomy.depths(name for name, _ in model.named_parameters())
+        return restricted(model, lambda name: self.holds(depths[name]), stands)
+
+    def run(
+        self,
+        model: nn.Module,
+        encode: Callable[[nn.Module, Tensor], Tensor],
+        inputs: Tensor,
+        grey: Tensor,
+    ) -> Tensor:
+        """From pixel values or features to features or embeddings.
+
+        What is before the part runs on one grey image: masks, rotary positions and the like,
+        which blocks are given beside the features, come from there.
+
+        Args:
+            model: What `restrict` made.
+            encode: Function of a model and pixel values that gives embeddings.
+            inputs: Pixel values ``[B, 3, H, W]`` if `start` is None, else features ``[B, ...]``.
+            grey: Pixel values of one image.
+        """
+        if self.start is not None and self.start == self.stop:
+            return inputs
+        known = self.anatomy
+        row: Any = model.get_submodule(known.parent)._modules
+        names, extras = known.names, known.extras
+        stands: dict[str, Any] = {}
+        last, is_head = names[-1], self.stop is None and self.start != len(names)
+        if is_head and class_token.is_enough(model, row[last]):
+            stands[last] = class_token.ClassToken(row[last], extras)
+        if self.start is not None:
+            features = inputs.movedim(0, known.batch_dim)
+            at = names[min(self.start, len(names) - 1)]
+            entrance = Enter if self.start < len(names) else Give
+            stands[at] = entrance(stands.get(at, row[at]), extras, features)
+            inputs = grey
+        if self.stop is not None:
+            at = names[min(self.stop, len(names) - 1)]
+            stands[at] = Stop(stands.get(at, row[at]), extras, after=self.stop == len(names))
+        try:
+            return encode(swapped(model, known.parent, stands), inputs)
+        except Stopped as stopped:
+            return stopped.features.movedim(known.batch_dim, 0)
+
+
+def split(tower: VisionTower, k: int) -> tuple[Trunk, Head]:
+    """Cut as `VisionTower.split` says, and check that the halves compute what the tower does."""
+    count = len(tower.blocks)
     k = _checks.check_count("k", k)
-    if k > len(blocks):
-        raise ValueError(f"`k` must be at most {len(blocks)}, the tower's blocks, got {k}.")
-    cut = len(blocks) - k
-    model, vision = adapters.without_wrapper(tower.model), tower._vision()
-    for part in (model, vision, vision.encoder):
+    if k > count:
+        raise ValueError(f"`k` must be at most {count}, the tower's blocks, got {k}.")
+    _check_forwards(tower._bare(), tower._anatomy().parent)
+    trunk, head = tower._halves(count - k)
+    refusal = f"A {type(tower.model).__name__} can't be split: "
+    with torch.no_grad(), evaluating(tower):
+        inputs = tower._sample()
+        try:
+            features = trunk(inputs)
+            trunk.embedding_dim = features.shape[-1]
+            head.preprocess = FeaturePreprocess(tuple(features.shape[1:]))
+            whole, halves = tower(inputs), head(features)
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            raise NotImplementedError(
+                f"{refusal}its head can't run on features alone: {error}"
+            ) from error
+    if not _same(halves, whole):
+        raise NotImplementedError(
+            f"{refusal}its last blocks are given more than what the one before gave."
+        )
+    return trunk, head
+
+
+def _check_forwards(model: nn.Module, parent: str) -> None:
+    """Refuse a model that would not run the stand-ins in its blocks' places."""
+    path = [parent.rsplit(".", i)[0] for i in range(parent.count(".") + 1)] if parent else []
+    for part in (model, *map(model.get_submodule, path)):
         if "forward" in vars(part):
             raise NotImplementedError(
                 f"The tower's {type(part).__name__} has a `forward` of its own, as offloading "
                 "gives it one, which would run all blocks in both halves. Split a tower without it."
             )
-    trunk = view(vision, encoder=view(vision.encoder, layers=kept(blocks[:cut])))
-    for name in ("post_layernorm", "head"):
-        trunk._modules.pop(name, None)
-    head = view(
-        vision, embeddings=_Through(), encoder=view(vision.encoder, layers=kept(blocks[cut:]))
-    )
-    if hasattr(vision, "pre_layrnorm"):
-        head.pre_layrnorm = _Through()
-    # Where the transformer is not the model itself, the model calls it so.
-    if vision is not model:
-        head = view(model, vision_model=head)
-    return Trunk(tower, trunk), Head(tower, head)
 
 
-class _Through(nn.Module):
-    """Stands where pixels were embedded, and lets features through."""
-
-    def forward(self, features: Tensor, **_: Any) -> Tensor:
-        return features
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two computations of the same embeddings differ by rounding alone."""
+    if one.is_meta:
+        return one.shape == other.shape
+    exact = one.dtype in (torch.float32, torch.float64)
+    tolerance = (1e-4 if exact else 5e-2) * float(other.abs().max())
+    return torch.allclose(one, other, rtol=10 * tolerance, atol=tolerance)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from pairclip.towers.base import VisionTower
 from pairclip.towers.loading import load_tower
+from pairclip.towers.vision_tower import VisionTower
 
 
 def random_tower(

@@ -1,90 +1,150 @@
-"""Modules that are another one's with some other children, sharing all the rest."""
+"""Models that are another one with stand-ins for some of its modules, sharing all the rest."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import CLIPVisionModel, CLIPVisionModelWithProjection
-from transformers.modeling_outputs import BaseModelOutput
-from transformers.models.clip import modeling_clip
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def view(module: nn.Module, **children: nn.Module) -> Any:
-    """A module that works as this one does, with some other children; all else is shared."""
-    other = copy.copy(module)
-    other._modules = {**module._modules, **children}
+def swapped(model: Any, parent: str, children: Mapping[str, nn.Module]) -> Any:
+    """The model with other children of one of its modules; all else is shared."""
+    other = _shallow(model)
+    if parent:
+        name, _, rest = parent.partition(".")
+        children = {name: swapped(model._modules[name], rest, children)}
+    other._modules = {**model._modules, **children}
     return other
 
 
-def kept(blocks: Iterable[tuple[str, nn.Module]]) -> nn.ModuleList:
-    """Blocks under the names that they have in the tower, whichever come first."""
-    layers = nn.ModuleList()
-    for name, block in blocks:
-        layers.add_module(name, block)
-    return layers
+def restricted(
+    module: Any, belongs: Callable[[str], bool], stands: Mapping[str, nn.Module], prefix: str = ""
+) -> Any:
+    """The module, running as it does, of which only some parameters are registered.
 
+    They keep their names. Modules whose parameters are all registered are shared as they are.
 
-def for_class_token(model: Any, vision: Any) -> Any:
-    """A CLIP model whose last block computes the class token alone, all that an embedding needs.
-
-    Any other model, a compiled one, and one whose last block is watched by hooks, as it is.
+    Args:
+        module: The model.
+        belongs: Whether a parameter, by its full name, is registered.
+        stands: Modules that stand for some of the model's, by full name.
+        prefix: Name of `module` in the model.
     """
-    known = type(model) in (CLIPVisionModel, CLIPVisionModelWithProjection)
-    if not known or torch.compiler.is_compiling():
-        return model
-    blocks = list(vision.encoder.layers.named_children())
-    if not blocks:
-        return model
-    last: Any = blocks[-1][1]
-    parts = (model, vision, vision.encoder, last, getattr(last, "self_attn", last))
-    watched = any(getattr(part, hooks) for part in last.modules() for hooks in _HOOKS)
-    if watched or not all(map(_is_published, parts)) or any(map(_is_replaced, last.modules())):
-        return model
-    pruned = view(vision, encoder=_ForClassToken(vision.encoder, blocks))
-    return pruned if vision is model else view(model, vision_model=pruned)
+    if prefix in stands:
+        return stands[prefix]
+    dot = f"{prefix}." if prefix else ""
+
+    def holds_stand(path: str) -> bool:
+        return any(stand == path or stand.startswith(f"{path}.") for stand in stands)
+
+    names = [dot + name for name, _ in module.named_parameters()]
+    if all(map(belongs, names)) and not (holds_stand(prefix) if prefix else stands):
+        return module
+    other = _shallow(module)
+    other._modules, other._parameters = {}, {}
+    for name, parameter in module._parameters.items():
+        if parameter is None or belongs(dot + name):
+            other._parameters[name] = parameter
+        else:
+            other.__dict__[name] = parameter
+    for name, child in module._modules.items():
+        path = dot + name
+        within = [] if child is None else [f"{path}.{n}" for n, _ in child.named_parameters()]
+        if not within or holds_stand(path) or any(map(belongs, within)):
+            other._modules[name] = child and restricted(child, belongs, stands, path)
+        elif isinstance(module, (nn.Sequential, nn.ModuleList)):
+            other._modules[name] = _Unregistered(child)
+        else:
+            other.__dict__[name] = child
+    return other
 
 
-def _is_published(part: nn.Module) -> bool:
-    return type(part).__module__ == modeling_clip.__name__ and not _is_replaced(part)
+def _shallow(module: Any) -> Any:
+    other = copy.copy(module)
+    # Compiled in place, it would run the module that it is a copy of.
+    other.__dict__["_compiled_call_impl"] = None
+    return other
 
 
-def _is_replaced(part: nn.Module) -> bool:
-    """Whether a call runs something else than the class's `forward`: a patch, or compiled code."""
-    return "forward" in vars(part) or getattr(part, "_compiled_call_impl", None) is not None
+class _Unregistered(nn.Module):
+    """A module that runs, but whose parameters belong to somebody else."""
 
-
-class _ForClassToken(nn.Module):
-    """Stands for the encoder, and gives the class token of what it would: ``[B, 1, H]``."""
-
-    def __init__(self, encoder: nn.Module, blocks: list[tuple[str, nn.Module]]) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.before = view(encoder, layers=kept(blocks[:-1]))
-        self.last: Any = blocks[-1][1]
+        self.__dict__["module"] = module
 
-    def forward(self, inputs_embeds: Tensor, **options: Any) -> BaseModelOutput:
-        hidden = self.before(inputs_embeds=inputs_embeds, **options)[0]
-        attention = self.last.self_attn
-        all_tokens, token = self.last.layer_norm1(hidden), hidden[:, :1]
-        query, key, value = (
-            projection(tokens).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-            for projection, tokens in [
-                (attention.q_proj, all_tokens[:, :1]),
-                (attention.k_proj, all_tokens),
-                (attention.v_proj, all_tokens),
-            ]
-        )
-        dropout = attention.dropout if attention.training else 0.0
-        heads = scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, scale=attention.scale
-        )
-        token = token + attention.out_proj(heads.transpose(1, 2).flatten(2))
-        return BaseModelOutput(
-            last_hidden_state=token + self.last.mlp(self.last.layer_norm2(token))
-        )
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["module"](*args, **kwargs)
+
+
+class Stand(nn.Module):
+    """Stands where a block was; what else is asked of it, the block answers."""
+
+    def __init__(self, block: nn.Module, extras: int | None) -> None:
+        super().__init__()
+        self.__dict__["block"], self.extras = block, extras
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["block"], name)
+
+    def as_the_block(self, features: Tensor) -> Any:
+        """In the form in which the block returns them."""
+        return features if self.extras is None else (features, *[None] * self.extras)
+
+
+class Pass(Stand):
+    """Lets through what comes."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Hand on the first value."""
+        return self.as_the_block(args[0] if args else next(iter(kwargs.values())))
+
+
+class Give(Stand):
+    """Gives features, whatever comes."""
+
+    def __init__(self, block: nn.Module, extras: int | None, features: Tensor) -> None:
+        super().__init__(block, extras)
+        self.features = features
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Hand out the features."""
+        return self.as_the_block(self.features)
+
+
+class Enter(Give):
+    """Runs the block on features, with all else (masks, rotary positions) as it comes."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block with the features in place of its first value."""
+        block = self.__dict__["block"]
+        if args:
+            return block(self.features, *args[1:], **kwargs)
+        return block(**{**kwargs, next(iter(kwargs)): self.features})
+
+
+class Stopped(Exception):
+    """Carries the features out of a run that was stopped at a block."""
+
+    def __init__(self, features: Tensor) -> None:
+        self.features = features
+
+
+class Stop(Stand):
+    """Ends the run: with what comes to the block, or, with `after`, with what it makes of it."""
+
+    def __init__(self, block: nn.Module, extras: int | None, *, after: bool) -> None:
+        super().__init__(block, extras)
+        self.after = after
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise `Stopped`."""
+        if not self.after:
+            raise Stopped(args[0] if args else next(iter(kwargs.values())))
+        output = self.__dict__["block"](*args, **kwargs)
+        raise Stopped(output if isinstance(output, Tensor) else output[0])

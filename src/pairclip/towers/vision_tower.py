@@ -3,75 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
-from PIL import Image
+import torch
 from torch import Tensor, nn
-from transformers import ImageProcessingMixin
 
 from pairclip._tensors import bytes_of
 from pairclip.towers import adapters, freezing
-
-_PIXELS_AT_ONCE = 16 * 224 * 224
-
-
-class Preprocess:
-    """One PIL image of any mode -> the pixel values ``[3, H, W]`` that a tower takes.
-
-    An object of its own, so that workers of a `DataLoader` get it without the tower's weights.
-
-    Attributes:
-        fixed: Whether it is an image processor of `transformers`, which draws nothing at random
-            and takes several images at once.
-    """
-
-    def __init__(self, transform: Callable[..., Any]) -> None:
-        self.transform = transform
-        self.fixed = isinstance(transform, ImageProcessingMixin)
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        """Convert to RGB and do what the image processor does, value by value."""
-        image = self._rgb(image)
-        pixel_values: Tensor
-        if self.fixed:
-            pixel_values = self.transform(images=image, return_tensors="pt")["pixel_values"][0]
-        else:
-            pixel_values = self.transform(image)
-        return pixel_values
-
-    def batch(self, images: Sequence[Image.Image]) -> list[Tensor]:
-        """The pixel values of each image, value by value those of a call for each."""
-        if not self.fixed:
-            return [self(image) for image in images]
-        # A call has a price of its own, and large images of a long list fall out of the cache.
-        pieces: dict[int, list[Image.Image]] = {}
-        pixels = 0
-        for image in map(self._rgb, images):
-            pieces.setdefault(pixels // _PIXELS_AT_ONCE, []).append(image)
-            pixels += image.width * image.height
-        return [
-            pixel_values
-            for piece in pieces.values()
-            for pixel_values in self.transform(images=piece, return_tensors="pt")["pixel_values"]
-        ]
-
-    @staticmethod
-    def _rgb(image: Image.Image) -> Image.Image:
-        if not isinstance(image, Image.Image):
-            raise TypeError(
-                f"`image` must be one PIL image, got {type(image).__name__}. "
-                "Make one with `PIL.Image.fromarray` or `PIL.Image.open`; cached features go to "
-                "the head of `tower.split(k)`."
-            )
-        return image if image.mode == "RGB" else image.convert("RGB")
+from pairclip.towers.body import Body
+from pairclip.towers.modes import evaluating
+from pairclip.towers.preprocess import described
+from pairclip.towers.splitting import Section, split
 
 
-class VisionTower(nn.Module):
+class VisionTower(Body):
     """An image encoder together with the preprocessing that it was trained with.
 
     Made by `load_tower`. Calling it takes pixel values ``[B, 3, H, W]`` and gives embeddings
@@ -102,32 +49,20 @@ class VisionTower(nn.Module):
     preprocess: Callable[[Any], Tensor]
 
     def __init__(
-        self, model: nn.Module, preprocess: Preprocess, *, embedding_dim: int, image_size: int
+        self,
+        model: nn.Module,
+        preprocess: Callable[[Any], Tensor],
+        *,
+        embedding_dim: int,
+        image_size: int,
     ) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model, image_size)
         self.preprocess = preprocess
         self.embedding_dim = embedding_dim
-        self.image_size = image_size
-        self.training = model.training
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Encode ``[B, 3, H, W]``, as `preprocess` makes them, into ``[B, D]``."""
-        embeddings: Tensor = self.model(pixel_values)
-        return embeddings
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        """The transformer blocks, in order; NotImplementedError if neither CLIP nor SigLIP."""
-        raise self._lacks("blocks")
-
-    def _depths(self) -> dict[str, int]:
-        """How deep each parameter is: 0 before the blocks, i in block i from 1, then one more."""
-        raise self._lacks("blocks")
-
-    def _projection(self) -> nn.Module:
-        """The linear projection that comes last, or a ValueError that says what does."""
-        raise self._lacks("projection")
+        return self._encode(self.model, pixel_values)
 
     def freeze(
         self,
@@ -155,8 +90,7 @@ class VisionTower(nn.Module):
         Raises:
             ValueError: If not exactly one is given, `all_but_last` is more than there are
                 blocks, or a name matches nothing; the nearest names are listed.
-            NotImplementedError: For blocks or projection of a tower that is neither CLIP nor
-                SigLIP.
+            NotImplementedError: For `all_but_last` or ``"projection"`` of a tower without blocks.
 
         Example:
             >>> from pairclip.towers import random_tower
@@ -169,14 +103,7 @@ class VisionTower(nn.Module):
             (384, 32480)
         """
         freezing.freeze(self, names, all_but_last=all_but_last, all_but=all_but)
-        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
-        trainable, total = sum(size for size, trains in sizes if trains), sum(s for s, _ in sizes)
-        percent = 100 * trainable / max(total, 1)
-        print(
-            f"Trainable: {trainable:,} of {total:,} parameters ({percent:.1f} %)"
-            f"{self._trainable_blocks()}."
-        )
-        return trainable, total
+        return freezing.say_what_trains(self)
 
     def split(self, k: int) -> tuple[VisionTower, VisionTower]:
         """Cut into a trunk, up to the last `k` blocks, and a head: those blocks and what follows.
@@ -189,15 +116,15 @@ class VisionTower(nn.Module):
             k: Blocks of the head, from 0 to all.
 
         Returns:
-            The trunk, from pixel values ``[B, 3, H, W]`` to features ``[B, T, H]`` (T tokens of
-            hidden size H), without gradient and always in evaluation mode; and the head, from
-            features to embeddings ``[B, D]``, whose ``preprocess`` takes features ``[T, H]`` of
-            one image. Save the tower, not its parts.
+            The trunk, from pixel values ``[B, 3, H, W]`` to features ``[B, ...]`` (of a vision
+            transformer ``[B, T, H]``: T tokens of hidden size H), without gradient and always in
+            evaluation mode; and the head, from features to embeddings ``[B, D]``, whose
+            ``preprocess`` takes features of one image. Save the tower, not its parts.
 
         Raises:
             ValueError: If `k` is more than there are blocks.
-            NotImplementedError: For a tower that is neither CLIP nor SigLIP, or whose model has
-                another `forward` than its class.
+            NotImplementedError: If the head can't compute from features alone what the tower
+                does, or the model has another `forward` than its class.
 
         Example:
             >>> import torch
@@ -210,7 +137,16 @@ class VisionTower(nn.Module):
             >>> torch.equal(head(trunk(pixels)), tower(pixels))
             True
         """
-        raise self._lacks("split")
+        return split(self, k)
+
+    def _halves(self, cut: int) -> tuple[Trunk, Head]:
+        known = self._anatomy()
+        return Trunk(self, Section(known, None, cut)), Head(self, Section(known, cut, None))
+
+    def _sample(self) -> Tensor:
+        """What the tower takes, of two images that are no plain grey."""
+        noise = torch.rand(self._grey(2).shape, generator=torch.Generator().manual_seed(0))
+        return noise.to(self._grey(1))
 
     def fingerprint(self) -> str:
         """SHA-256 of all that decides an embedding: weights, settings and preprocessing.
@@ -238,7 +174,14 @@ class VisionTower(nn.Module):
 
     def _merged_weights(self) -> dict[str, Tensor]:
         """What `save_pretrained` writes: plain names, with adapters of PEFT merged."""
-        return adapters.merged(self.model).state_dict()
+        return {
+            self._saved_name(name): value
+            for name, value in adapters.merged(self.model).state_dict().items()
+        }
+
+    def _saved_name(self, name: str) -> str:
+        """What `save_pretrained` calls a weight of the model."""
+        return name
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write a folder that `transformers` and `load_tower` load again.
@@ -256,17 +199,105 @@ class VisionTower(nn.Module):
 
     def settings(self) -> str:
         """What decides an embedding beside the weights."""
-        return _description(self.preprocess)
+        return self._model_settings() + described(self.preprocess)
 
-    def _trainable_blocks(self) -> str:
-        """Ends what `freeze` prints."""
+    def _model_settings(self) -> str:
         return ""
 
-    def _lacks(self, what: str) -> NotImplementedError:
-        return NotImplementedError(
-            f"A tower around {type(self.model).__name__} has no `{what}`: CLIP and SigLIP towers "
-            "have it."
+
+class _Half(VisionTower):
+    """A part of a tower, whose modules it shares."""
+
+    def __init__(self, whole: VisionTower, section: Section) -> None:
+        super().__init__(
+            section.restrict(whole._bare()),
+            whole.preprocess,
+            embedding_dim=whole.embedding_dim,
+            image_size=whole.image_size,
         )
+        self._encode = whole._encode  # type: ignore[method-assign]
+        self._saved_name = whole._saved_name  # type: ignore[method-assign]
+        self._whole = (whole,)  # in a tuple, for it is no part of this part
+        self._section = section
+        self._known = section.anatomy
+
+    def _run(self, inputs: Tensor) -> Tensor:
+        return self._section.run(self.model, self._encode, inputs, self._grey(1))
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of this part, in order."""
+        return super().blocks[self._section.blocks]
+
+    def _depths(self) -> dict[str, int]:
+        first = self._section.start or 0
+        return {name: depth - first for name, depth in super()._depths().items()}
+
+    def _merged_weights(self) -> dict[str, Tensor]:
+        weights = adapters.merged(self._whole[0]._bare()).state_dict()
+        depths = self._known.depths(weights)
+        return {
+            self._saved_name(name): value
+            for name, value in weights.items()
+            if self._section.holds(depths[name])
+        }
+
+    def _model_settings(self) -> str:
+        return self._whole[0]._model_settings()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Half:
+        """Move or convert all of the tower: its parts share modules, so they belong together."""
+        whole: Any = self._whole[0]
+        whole._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> NoReturn:
+        """Refuse: it would not be a model that a library knows."""
+        raise NotImplementedError(
+            f"A {type(self).__name__.lower()} is a part of a tower and isn't saved alone. Save the "
+            "tower that was split, `tower.save_pretrained(folder)`: training the head trains it."
+        )
+
+
+class Trunk(_Half):
+    """What comes before the last blocks: pixel values to features, never trained."""
+
+    def __init__(self, whole: VisionTower, section: Section) -> None:
+        super().__init__(whole, section)
+        self.eval()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Encode pixel values ``[B, 3, H, W]`` into features ``[B, ...]``."""
+        with torch.no_grad(), evaluating(self):
+            return self._run(inputs)
+
+
+class Head(_Half):
+    """The last blocks and what comes after them: features to embeddings."""
+
+    def __init__(self, whole: VisionTower, section: Section) -> None:
+        super().__init__(whole, section)
+        mine = set(self.modules())
+        self._others = [module for module in whole._bare().modules() if module not in mine]
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Embed features ``[B, ...]``, of any floating-point type, into ``[B, D]``."""
+        # What is before the blocks runs on a grey image, of which a batch norm must not learn.
+        with evaluating(*self._others, deeply=False):
+            return self._run(features.to(next(self.parameters(), features).dtype))
+
+    def _halves(self, cut: int) -> tuple[Trunk, Head]:
+        """Of the head of a tower that was split before."""
+        first, known, (whole,) = self._section.start or 0, self._known, self._whole
+        middle = Trunk(whole, Section(known, first, first + cut))
+        middle.preprocess = self.preprocess
+        return middle, Head(whole, Section(known, first + cut, None))
+
+    def _sample(self) -> Tensor:
+        (whole,), first = self._whole, self._section.start
+        features: Tensor = Trunk(whole, Section(self._known, None, first))(whole._sample())
+        return features
 
 
 def tower_of(model: object) -> VisionTower:
@@ -278,27 +309,3 @@ def tower_of(model: object) -> VisionTower:
             "`pairclip.load_tower` makes one of any module."
         )
     return tower
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode within; afterwards every part has its own mode again."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
-
-
-def _description(transform: Any) -> str:
-    """The same text for the same preprocessing, today and in another process."""
-    if isinstance(transform, Preprocess):
-        return _description(transform.transform)
-    if isinstance(transform, ImageProcessingMixin):
-        settings = transform.to_dict()
-        # Which processor of texts it was once saved with doesn't change an image.
-        kept = {name: settings[name] for name in settings if "processor_class" not in name}
-        return json.dumps(kept, sort_keys=True, default=str)
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(transform))

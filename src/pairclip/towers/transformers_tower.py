@@ -1,4 +1,4 @@
-"""What the families of `transformers` share: pixels, positions, folders."""
+"""Towers around the models of `transformers`: pixels, sizes, folders."""
 
 from __future__ import annotations
 
@@ -14,21 +14,19 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import ImageProcessingMixin
 from transformers.utils import logging
 
-from pairclip import _checks
-from pairclip.towers import adapters
-from pairclip.towers.base import Preprocess, VisionTower
-from pairclip.towers.views import for_class_token
+from pairclip.towers import adapters, resizing
+from pairclip.towers.preprocess import Preprocess, at_size, grey_image
+from pairclip.towers.vision_tower import VisionTower
 
 # Settings that decide what the same weights give.
 _SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads", "patch_size", "image_size")
 
 
-class PretrainedTower(VisionTower):
+class TransformersTower(VisionTower):
     """A tower whose model is of a family that `transformers` loads and saves."""
 
     family: ClassVar[str]
@@ -69,7 +67,7 @@ class PretrainedTower(VisionTower):
     @classmethod
     def from_model(
         cls, model: Any, image_processor: Any, *, image_size: int | None
-    ) -> PretrainedTower:
+    ) -> TransformersTower:
         """Wrap a model of the family, changed in place to run at `image_size`."""
         config = cls.vision_config(model.config)
         if not getattr(config, "vision_use_head", True):
@@ -78,7 +76,7 @@ class PretrainedTower(VisionTower):
                 "images. Use a checkpoint that has one."
             )
         if image_size is not None:
-            _check_image_size(image_size, config.patch_size)
+            resizing.check_image_size(image_size, config.patch_size)
         size = config.image_size if image_size is None else image_size
         if image_processor is None:
             warnings.warn(
@@ -93,9 +91,10 @@ class PretrainedTower(VisionTower):
                 f"`transformers`, got {type(image_processor).__name__}."
             )
         if image_size is not None:
-            image_processor = _at_size(image_processor, image_size)
+            image_processor = at_size(image_processor, image_size)
         _check_output_size(image_processor, size)
-        _resize_positions(model, size)
+        if size != config.image_size:
+            resizing.resize(model, size)
         if isinstance(model, cls.model_classes[0]):
             warnings.warn(
                 f"Training changes only the image tower of this {type(model).__name__}: its texts "
@@ -118,58 +117,15 @@ class PretrainedTower(VisionTower):
         tower.training = model.training
         return tower
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """Encode ``[B, 3, H, W]``, as `preprocess` makes them, into ``[B, D]``."""
-        output = for_class_token(self.model, self._vision())(pixel_values=pixel_values)
+    @staticmethod
+    def _encode(model: Any, pixel_values: Tensor) -> Tensor:
+        output = model(pixel_values=pixel_values)
         embeddings: Tensor = output["image_embeds" if "image_embeds" in output else "pooler_output"]
         return embeddings
 
-    @property
-    def blocks(self) -> list[nn.Module]:
-        """The transformer blocks, in order."""
-        return list(self._vision().encoder.layers)
-
-    def _vision(self) -> Any:
-        """The transformer inside the model; where PEFT put adapters in, they are in it."""
-        return next(part for part in self.model.modules() if "encoder" in part._modules)
-
-    def _depths(self) -> dict[str, int]:
-        """How deep each parameter is: 0 before the blocks, i in block i from 1, then one more."""
-        vision, blocks = self._vision(), self.blocks
-        stem = [vision.embeddings, getattr(vision, "pre_layrnorm", nn.Identity())]
-        depth = {
-            parameter: i
-            for i, part in enumerate([nn.ModuleList(stem), *blocks])
-            for parameter in part.parameters()
-        }
-        after = len(blocks) + 1
-        return {name: depth.get(p, after) for name, p in self.named_parameters()}
-
-    def _projection(self) -> nn.Module:
-        """The linear projection that comes last, or a ValueError that says what does."""
-        model = adapters.without_wrapper(self.model)
-        if hasattr(model, "visual_projection"):
-            projection: nn.Module = model.visual_projection
-            return projection
-        there = "a norm and a pooling head" if hasattr(self._vision(), "head") else "a norm"
-        raise ValueError(
-            f"This {self.family} tower has no projection: after its blocks comes {there}. Use "
-            "`all_but_last=0` to train nothing else."
-        )
-
-    def split(self, k: int) -> tuple[VisionTower, VisionTower]:
-        """Cut as `VisionTower.split` says."""
-        # The halves are towers of the same kind, so the import has to wait.
-        from pairclip.towers.splitting import split
-
-        return split(self, k)
-
-    def _merged_weights(self) -> dict[str, Tensor]:
-        """What `save_pretrained` writes: plain names, with adapters of PEFT merged."""
-        model = adapters.merged(self.model)
+    def _saved_name(self, name: str) -> str:
         # transformers 4 knows the weights by this prefix only, 5 by both names.
-        prefix = "" if hasattr(model, "vision_model") else "vision_model."
-        return {prefix + name: value for name, value in model.state_dict().items()}
+        return name if hasattr(self._bare(), "vision_model") else f"vision_model.{name}"
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the image tower and its image processor, for `transformers` and `load_tower`.
@@ -206,16 +162,10 @@ class PretrainedTower(VisionTower):
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
 
-    def settings(self) -> str:
-        """What decides an embedding beside the weights, as text."""
-        config = self._vision().config
-        kept = {name: getattr(config, name) for name in _SETTINGS}
-        return f"{kept} {super().settings()}"
-
-    def _trainable_blocks(self) -> str:
-        blocks = self.blocks
-        trainable = sum(any(p.requires_grad for p in block.parameters()) for block in blocks)
-        return f", {trainable} of {len(blocks)} blocks"
+    def _model_settings(self) -> str:
+        config: Any = self._bare().config
+        own = {name: getattr(config, name) for name in _SETTINGS}
+        return f"{own} "
 
 
 @contextmanager
@@ -233,30 +183,9 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _check_image_size(image_size: int, patch_size: int) -> None:
-    _checks.check_positive_int("image_size", image_size)
-    if image_size % patch_size:
-        above = (image_size // patch_size + 1) * patch_size
-        raise ValueError(
-            f"`image_size` must be a multiple of the patch size {patch_size}, got {image_size}. "
-            f"Use {above}."
-        )
-
-
-def _at_size(image_processor: Any, image_size: int) -> Any:
-    """A copy of the image processor that makes images of `image_size`."""
-    settings = image_processor.to_dict()
-    sizes = {
-        name: {side: image_size for side, length in dict(settings[name]).items() if length}
-        for name in ("size", "crop_size")
-        if settings.get(name)
-    }
-    return type(image_processor).from_dict(settings, **sizes)
-
-
 def _check_output_size(image_processor: Any, image_size: int) -> None:
     # Neither square nor of that size, so that a missing resize or crop shows.
-    grey = Image.new("RGB", (2 * image_size, image_size + 1), (128, 128, 128))
+    grey = grey_image(2 * image_size, image_size + 1)
     height, width = Preprocess(image_processor)(grey).shape[-2:]
     if (height, width) != (image_size, image_size):
         raise ValueError(
@@ -264,28 +193,3 @@ def _check_output_size(image_processor: Any, image_size: int) -> None:
             f"{grey.height} x {grey.width}), but the model takes {image_size} x {image_size}. Pass "
             "the `image_processor` of this model, or `image_size` to set both."
         )
-
-
-def _resize_positions(model: nn.Module, image_size: int) -> None:
-    """Interpolate the position embeddings, and tell the size to all that keeps it."""
-    patches: Any = next(part for part in model.modules() if hasattr(part, "patch_embedding"))
-    if patches.image_size == image_size:
-        return
-    old = patches.position_embedding.weight
-    extra = patches.num_positions - patches.num_patches  # the class token, where there is one
-    grid, side = round(patches.num_patches**0.5), image_size // patches.patch_size
-    with torch.no_grad():
-        rows = old[extra:].float().T.reshape(1, -1, grid, grid)
-        rows = nn.functional.interpolate(
-            rows, size=(side, side), mode="bicubic", align_corners=False
-        )
-        new = torch.cat([old[:extra], rows.flatten(2)[0].T.to(old.dtype)])
-    patches.position_embedding.weight = nn.Parameter(new, requires_grad=old.requires_grad)
-    patches.position_embedding.num_embeddings = len(new)
-    patches.position_ids = torch.arange(len(new), device=old.device).expand((1, -1))
-    patches.image_size, patches.num_patches, patches.num_positions = image_size, side**2, len(new)
-    for part in model.modules():
-        config: Any = getattr(part, "config", None)
-        config = getattr(config, "vision_config", config)
-        if hasattr(config, "image_size"):
-            config.image_size = image_size
