@@ -67,18 +67,18 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", small.LOSSES)
-def test_ten_plain_steps_with_micro_batches_end_where_whole_batches_do(name: str) -> None:
+def test_plain_steps_with_micro_batches_end_where_whole_batches_do(name: str) -> None:
     tower, loss, sampler = small.new_tower(), small.naive_loss(name), small.new_sampler(name)
     start = small.weights(tower, loss)
-    batches = [batch for _ in range(10) for batch in sampler][:10]
-    _, wanted, losses = small.by_hand(tower, loss, batches, steps=10)
+    batches = [batch for _ in range(small.STEPS) for batch in sampler][: small.STEPS]
+    _, wanted, losses = small.by_hand(tower, loss, batches, steps=small.STEPS)
     for size in (None, 5):
         _, found, history = small.fit(
             small.new_tower(),
             small.new_loss(name),
             small.new_sampler(name),
             micro_batch_size=size,
-            steps=10,
+            steps=small.STEPS,
         )
         small.assert_same_training(found, wanted, start)
         assert [record["loss"] for record in history.steps] == pytest.approx(losses, rel=1e-4)

@@ -22,8 +22,8 @@ from pairclip import Callback, CollapseMonitor, Finetuner, WeightAverage
 from pairclip.finetuner import accelerators
 
 
-def gradients(micro: list[int | None], ten_steps_with: int | None) -> dict[str, Any]:
-    """First gradients with each size of a micro-batch, and ten steps of plain SGD with one."""
+def gradients(micro: list[int | None], steps_with: int | None) -> dict[str, Any]:
+    """First gradients with each size of a micro-batch, and some steps of plain SGD with one."""
     found: dict[str, Any] = {}
     for name in small.LOSSES:
         for size in micro:
@@ -38,8 +38,8 @@ def gradients(micro: list[int | None], ten_steps_with: int | None) -> dict[str, 
             small.new_tower(),
             small.new_loss(name),
             small.new_sampler(name),
-            micro_batch_size=ten_steps_with,
-            steps=10,
+            micro_batch_size=steps_with,
+            steps=small.STEPS,
         )[1:]
     return found
 

@@ -29,7 +29,7 @@ with warnings.catch_warnings():
     from pytorch_metric_learning.losses import ArcFaceLoss, MultiSimilarityLoss
     from pytorch_metric_learning.samplers import MPerClassSampler as MPerClassSampler
 
-NUM_CLASSES, DIMENSION, BATCH, RATE = 4, 8, 32, 0.02
+NUM_CLASSES, DIMENSION, BATCH, RATE, STEPS = 4, 8, 32, 0.02, 4
 LABELS = [number % NUM_CLASSES for number in range(64)]
 LOSSES = ("linear", "squared", "hinge", "pairs", "multi-similarity", "arcface")
 
