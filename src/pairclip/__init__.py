@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from pairclip.datasets import (
         LabelledImages as LabelledImages,
+        TableDataset as TableDataset,
         class_names_of as class_names_of,
         labels_of as labels_of,
     )
@@ -118,7 +119,7 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
         "recall_at_k",
         "retrieval_figures",
     ),
-    "datasets": ("LabelledImages", "class_names_of", "labels_of"),
+    "datasets": ("LabelledImages", "TableDataset", "class_names_of", "labels_of"),
     "towers": ("VisionTower", "interpolate", "layer_decay", "load_tower"),
     "embedding": ("embed_images",),
     "features": ("CachedFeatures", "cache_features"),

@@ -122,8 +122,8 @@ def _not_one_dimensional(name: str, shape: Collection[int]) -> str:
         advice = f"Take its column, `{name}[:, 0]`."
     else:
         advice = (
-            f"Turn one-hot rows into class ids with `{name}.argmax(1)`; rows with several ones have "
-            "no class id."
+            f"Turn one-hot rows into class ids with `{name}.argmax(1)`; rows with several ones "
+            "have no class id."
         )
     return f"`{name}` must have shape [N], one class id per item, got {list(shape)}. {advice}"
 

@@ -4,9 +4,11 @@ from pairclip.datasets.folders import image_files
 from pairclip.datasets.labelled_images import LabelledImages, class_names_of, labels_of
 from pairclip.datasets.labels import join_classes
 from pairclip.datasets.rgb import as_rgb
+from pairclip.datasets.tables import TableDataset
 
 __all__ = [
     "LabelledImages",
+    "TableDataset",
     "as_rgb",
     "class_names_of",
     "image_files",
