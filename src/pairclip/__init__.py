@@ -55,9 +55,14 @@ if TYPE_CHECKING:
     from pairclip.losses import (
         AllPairsCosineLoss as AllPairsCosineLoss,
         CosinePairLoss as CosinePairLoss,
+        PreservingLoss as PreservingLoss,
+        TargetSimilarityLoss as TargetSimilarityLoss,
         all_pairs_cosine_loss as all_pairs_cosine_loss,
         cosine_pair_loss as cosine_pair_loss,
+        hierarchy_targets as hierarchy_targets,
+        multi_label_targets as multi_label_targets,
         on_pairs as on_pairs,
+        target_similarity_loss as target_similarity_loss,
     )
     from pairclip.plots import (
         plot_class_similarity as plot_class_similarity,
@@ -102,9 +107,14 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
     "losses": (
         "AllPairsCosineLoss",
         "CosinePairLoss",
+        "PreservingLoss",
+        "TargetSimilarityLoss",
         "all_pairs_cosine_loss",
         "cosine_pair_loss",
+        "hierarchy_targets",
+        "multi_label_targets",
         "on_pairs",
+        "target_similarity_loss",
     ),
     "samplers": ("ClassBalancedSampler", "PairSampler"),
     "similarity": ("class_similarity_matrix", "nearest_neighbors", "similarity_matrix"),

@@ -11,13 +11,25 @@ from pairclip.losses.given_pairs import (
     cosine_pair_loss as cosine_pair_loss,
     on_pairs as on_pairs,
 )
+from pairclip.losses.preserving import PreservingLoss as PreservingLoss
+from pairclip.losses.targets import (
+    TargetSimilarityLoss as TargetSimilarityLoss,
+    hierarchy_targets as hierarchy_targets,
+    multi_label_targets as multi_label_targets,
+    target_similarity_loss as target_similarity_loss,
+)
 
 __all__ = [
     "AllPairsCosineLoss",
     "CosinePairLoss",
     "Negatives",
+    "PreservingLoss",
     "Reduction",
+    "TargetSimilarityLoss",
     "all_pairs_cosine_loss",
     "cosine_pair_loss",
+    "hierarchy_targets",
+    "multi_label_targets",
     "on_pairs",
+    "target_similarity_loss",
 ]

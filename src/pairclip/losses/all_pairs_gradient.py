@@ -62,7 +62,7 @@ def value_and_gradient(
     of_classes = -same_weight * batch.sums
     if different.of_classes is not None:
         of_classes += different.of_classes
-    return value, batch.gradient(of_classes, of_rows_destroyed=different.of_rows)
+    return value, batch.gradient_of_parts(of_classes, of_rows_destroyed=different.of_rows)
 
 
 def _weight(fraction: float, pairs: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -26,48 +27,73 @@ class Repulsion(NamedTuple):
     of_rows: Tensor | None = None  # [B, D]
 
 
-class Batch:
+class UnitRows:
+    """Rows of any length, their directions, and the way of a gradient back through these.
+
+    Attributes:
+        rows: Float32 or float64 ``[B, D]``.
+        nonzero: Whether a row has a direction, bool ``[B]``.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        norms = row_norms(rows)
+        self.rows = rows
+        self.nonzero = norms > 0
+        self._lengths = norms.where(self.nonzero, 1.0).to(rows.dtype)
+        self._inverse = (1 / self._lengths).clamp_max_(torch.finfo(rows.dtype).max)
+
+    def unit(self) -> Tensor:
+        """Unit rows, ``[B, D]``; a zero row stays zero."""
+        return self.rows / self._lengths[:, None]
+
+    def gradient(self, toward_destroyed: Callable[[slice], Tensor], out: Tensor) -> Tensor:
+        """Gradient with respect to the rows, from that with respect to the unit rows.
+
+        Args:
+            toward_destroyed: The gradient of some of the unit rows, a tensor that is no longer
+                needed.
+            out: Where the result goes, ``[B, D]``; may be where `toward_destroyed` comes from.
+        """
+        scale = self._inverse * self.nonzero
+        size = len(self.rows)
+        if _vectors.at_hand(self.rows):
+            size = max(1, _PIECE // max(1, self.rows.shape[1]))
+        for start in range(0, len(self.rows), size):
+            piece = slice(start, start + size)
+            toward = toward_destroyed(piece)
+            # Through the normalisation: the part orthogonal to the row, over its length.
+            unit = self.rows[piece] / self._lengths[piece, None]
+            toward.addcmul_(unit, (unit * toward).sum(dim=1, keepdim=True), value=-1)
+            torch.mul(toward, scale[piece, None], out=out[piece])
+        return out
+
+
+class Batch(UnitRows):
     """Rows of a batch, at least two, sorted by class.
 
     Attributes:
-        rows: Embeddings, float32 or float64 ``[B, D]``.
         wanted: Whether a gradient is wanted.
-        nonzero: Whether a row has a direction, bool ``[B]``.
         classes: The rows by class.
         sums: Sum of the unit rows of each class slot, float64 ``[C, D]``.
         squared_sums: Squared length of each sum, float64 ``[C]``.
     """
 
     def __init__(self, rows: Tensor, labels: Tensor, *, wanted: bool) -> None:
-        norms = row_norms(rows)
-        self.rows, self.wanted = rows, wanted
-        self.nonzero = norms > 0
-        self._lengths = norms.where(self.nonzero, 1.0).to(rows.dtype)
-        self._inverse = (1 / self._lengths).clamp_max_(torch.finfo(rows.dtype).max)
+        super().__init__(rows)
+        self.wanted = wanted
         self.classes: Classes = group_by_class(labels)
         self.sums = class_sums(rows, self.classes, self._inverse)
         self.squared_sums = self.sums.square().sum(dim=1)
 
-    def unit(self) -> Tensor:
-        """Unit rows, ``[B, D]``; a zero row stays zero."""
-        return self.rows / self._lengths[:, None]
-
-    def gradient(self, of_classes: Tensor, of_rows_destroyed: Tensor | None) -> Tensor:
+    def gradient_of_parts(self, of_classes: Tensor, of_rows_destroyed: Tensor | None) -> Tensor:
         """Gradient with respect to the rows, from its two parts with respect to the unit rows."""
-        rows = self.rows
-        of_classes = of_classes.to(rows.dtype)
-        scale = self._inverse * self.nonzero
-        result = torch.empty_like(rows) if of_rows_destroyed is None else of_rows_destroyed
-        size = len(rows)
-        if _vectors.at_hand(rows):
-            size = max(1, _PIECE // max(1, rows.shape[1]))
-        for start in range(0, len(rows), size):
-            piece = slice(start, start + size)
-            toward = of_classes[self.classes.ids[piece]]
+        table = of_classes.to(self.rows.dtype)
+
+        def toward(piece: slice) -> Tensor:
+            of_piece = table[self.classes.ids[piece]]
             if of_rows_destroyed is not None:
-                toward += of_rows_destroyed[piece]
-            # Through the normalisation: the part orthogonal to the row, over its length.
-            unit = rows[piece] / self._lengths[piece, None]
-            toward.addcmul_(unit, (unit * toward).sum(dim=1, keepdim=True), value=-1)
-            torch.mul(toward, scale[piece, None], out=result[piece])
-        return result
+                of_piece += of_rows_destroyed[piece]
+            return of_piece
+
+        out = torch.empty_like(self.rows) if of_rows_destroyed is None else of_rows_destroyed
+        return self.gradient(toward, out)

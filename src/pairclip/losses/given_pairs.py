@@ -154,7 +154,7 @@ def on_pairs(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> nn.Module:
     Example:
         >>> import torch
         >>> from pairclip import on_pairs
-        >>> loss = on_pairs(lambda a, b, same: ((a - b).norm(dim=1) - ~same.int()).abs().mean())
+        >>> loss = on_pairs(lambda a, b, same: ((a - b).norm(dim=1) - 1 + same.int()).abs().mean())
         >>> loss(torch.eye(2), torch.eye(2), torch.tensor([True, True])).item()
         0.0
     """
