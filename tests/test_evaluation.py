@@ -84,7 +84,21 @@ def test_confused_classes_are_those_of_all_pairs_sorted(classes: int) -> None:
     assert found.confused_classes == [(str(i), str(j), matrix[i, j]) for i, j in pairs[:5]]
 
 
+@pytest.mark.parametrize("rows_at_once", [1, 3])
+def test_confused_classes_are_found_in_blocks(
+    rows_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, labels = sample(8)
+    rows[:30] = rows[0]  # ties
+    expected = evaluate_embeddings(rows, labels).confused_classes
+    monkeypatch.setattr("pairclip.evaluation.classes._ROWS", rows_at_once)
+    found = evaluate_embeddings(rows, labels).confused_classes
+    assert [each[:2] for each in found] == [each[:2] for each in expected]
+
+
 def test_classes_of_one_name_are_told_apart() -> None:
+    found = evaluate_embeddings(torch.eye(6), [0, 0, 1, 1, 2, 2], class_names=["a", "a", "a (0)"])
+    assert found.class_names == ["a (0) (0)", "a (1)", "a (0) (2)"]
     found = evaluate_embeddings(torch.eye(6), [0, 0, 1, 1, 2, 2], class_names=["a", "b", "a"])
     assert found.class_names == ["a (0)", "b", "a (2)"]
 
@@ -235,8 +249,9 @@ def test_further_datasets_are_evaluated_apart_and_follow_in_the_table(tower, ima
 def assert_equal(found: Any, expected: Any) -> None:
     assert type(found) is type(expected)
     if isinstance(expected, (Evaluation, PairHistogram)):
-        for each in fields(expected):
-            assert_equal(getattr(found, each.name), getattr(expected, each.name))
+        names = {each.name for each in fields(expected)} - {"class_pairs"}
+        for name in names | {"class_similarity"} & set(dir(expected)):
+            assert_equal(getattr(found, name), getattr(expected, name))
     elif isinstance(expected, dict):
         assert list(found) == list(expected)
         for key in expected:
@@ -277,12 +292,89 @@ def test_a_file_is_replaced_whole_or_not_at_all(
     assert_equal(Evaluation.from_json(path), before)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 9}', '{"format": 1}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"format": 9}', '{"format": 1}', '{"format": "1"}', "[" * 10_000]
+)
 def test_another_file_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "other.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=r"`path` must be a file that `Evaluation.to_json` wrote"):
+    with pytest.raises(
+        ValueError, match=r"other\.json' (is damaged|has format 9)|got '.*other.json'"
+    ):
         Evaluation.from_json(path)
+    with pytest.raises(FileNotFoundError):
+        Evaluation.from_json(tmp_path / "none.json")
+
+
+@pytest.fixture
+def small() -> Evaluation:
+    return evaluate_embeddings(torch.eye(4), [0, 0, 1, 1])
+
+
+def test_every_damaged_bit_of_a_file_is_noticed(small: Evaluation, tmp_path: Path) -> None:
+    path = tmp_path / "evaluation.json"
+    small.to_json(path)
+    whole = path.read_bytes()
+    for bit in np.random.default_rng(0).permutation(8 * len(whole))[:150]:
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << (bit % 8)
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"evaluation\.json"):
+            Evaluation.from_json(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"recall_at_1": "0.5"}, "`recall_at_1` is no number"),
+        ({"gap": True}, "`gap` is no number"),
+        ({"num_images": 5}, r"`labels` has shape \[4\] instead of \[5\]"),
+        ({"num_queries": -1}, "`num_queries` is no count"),
+        ({"labels": [0, 0, 1, 2]}, "`labels` has values out of range"),
+        ({"labels": [0, 0, 1, 0.5]}, "`labels` has something else than numbers"),
+        ({"neighbors": [[1], [0], [3], [9]]}, "`neighbors` has values out of range"),
+        ({"neighbors": [[1], [0], [3, 2], [1]]}, "`neighbors` has rows of different lengths"),
+        ({"neighbor_scores": [["a"]] * 4}, "`neighbor_scores` has something else than numbers"),
+        ({"class_names": ["a", "a"]}, "`class_names` is not a list of different names"),
+        ({"class_similarity": [[1.0]]}, r"`class_similarity` has shape \[1, 1\]"),
+        ({"confused_classes": [["0", "cat", 0.5]]}, "`confused_classes` has"),
+        ({"per_query": {}}, "`per_query` lacks"),
+        ({"histogram": {"edges": [], "same": [], "different": [], "x": 0}}, "unknown field 'x'"),
+        ({"also": []}, "`also` is not an object"),
+        ({"also": {"other": {}}}, "it lacks"),
+        ({"more": 1}, "it has an unknown field 'more'"),
+    ],
+)
+def test_a_wrong_field_of_a_file_is_named(
+    small: Evaluation, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "evaluation.json"
+    small.to_json(path)
+    content = json.loads(path.read_text())
+    del content["sha256"]  # as in files of older versions
+    path.write_text(json.dumps(content))
+    assert Evaluation.from_json(path).recall_at_1 == small.recall_at_1
+    path.write_text(json.dumps(content | change))
+    with pytest.raises(ValueError, match=rf"evaluation\.json.*{message}"):
+        Evaluation.from_json(path)
+
+
+def test_many_classes_take_no_matrix_until_it_is_asked_for(tmp_path: Path) -> None:
+    rows = torch.randn(2002, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(2002) // 2
+    found = evaluate_embeddings(rows, labels)
+    assert "class_similarity" not in vars(found)
+    assert found.to_dict()["class_similarity"] is None
+    found.to_json(tmp_path / "many.json")
+    assert "class_similarity" not in vars(found)
+    expected = class_similarity_matrix(rows, labels)[0].numpy()
+    np.testing.assert_array_equal(found.class_similarity, expected)
+    above = np.triu(expected, 1) - 2 * np.tri(1001)
+    assert found.confused_classes[0][2] == above.max()
+    read = Evaluation.from_json(tmp_path / "many.json")
+    assert read.confused_classes == found.confused_classes
+    with pytest.raises(ValueError, match="no `class_similarity` of over 1000 classes"):
+        _ = read.class_similarity
 
 
 def test_a_baseline_of_other_images_is_refused() -> None:

@@ -12,6 +12,7 @@ from pairclip.retrieval import (
     PairSeparation,
     blocks,
     outcome_of,
+    pair_counts,
     pair_metrics,
     pair_separation,
 )
@@ -79,7 +80,7 @@ def test_metrics_are_those_of_scikit_learn_and_numpy() -> None:
 def test_bounds_hold_and_are_needed_in_wide_bins(width: float) -> None:
     rows, labels = sample()
     search = blocks.prepare(rows.double(), labels)
-    counts = pair_metrics.PairCounts(search, -1.0, width)
+    counts = pair_counts.PairCounts(search, -1.0, width)
     counts.add_all(search.rows())
     found = pair_metrics._separation(search, counts)
     scores, same = pairs_of(rows, labels)
@@ -102,6 +103,47 @@ def test_a_nearly_collapsed_tower_is_measured_in_finer_bins(spread: float) -> No
     assert found.best_threshold == pytest.approx(scores.mean(), abs=5 * scores.std())
     # In float32, ties are all that there is between bins: nothing is uncertain.
     assert pair_separation(rows.float(), labels).roc_auc_error == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [0.0, 1.0, "orthogonal"])
+def test_pairs_of_one_similarity_are_tied_and_seen_at_once(
+    value: float | str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = (
+        torch.eye(6, dtype=dtype) if value == "orthogonal" else torch.full((6, 3), value).to(dtype)
+    )
+    passes = []
+    add_all = pair_counts.PairCounts.add_all
+    monkeypatch.setattr(
+        pair_counts.PairCounts, "add_all", lambda *given: passes.append(1) or add_all(*given)
+    )
+    separation = pair_separation(rows, [0, 0, 0, 1, 1, 1])
+    assert len(passes) == 1
+    assert (separation.roc_auc, separation.balanced_accuracy) == (0.5, 0.5)
+    assert (separation.same_std, separation.different_std) == (0, 0)
+    assert [getattr(separation, name) for name in RANKED if name.endswith("error")] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-100, 1e-250])
+def test_similarities_close_to_zero_are_told_apart(scale: float) -> None:
+    rows = torch.zeros(4, 5, dtype=torch.float64)
+    rows[:, 1:].fill_diagonal_(1)
+    rows[:, 0] = torch.tensor([1, 2, -3, -4]) * scale**0.5
+    scores, same = pairs_of(rows, torch.tensor([0, 0, 1, 1]))
+    separation = pair_separation(rows, [0, 0, 1, 1])
+    assert separation.roc_auc == roc_auc_score(same, scores)
+    assert separation.roc_auc_error < 1e-4
+
+
+@pytest.mark.parametrize("length", [1e-310, 1e-200, 1e-160, 1.0, 1e160, 1e300])
+def test_rows_of_any_length_are_the_same_pairs(length: float) -> None:
+    rows, labels = sample(40)
+    rows = rows.double()
+    expected = pair_separation(rows, labels)
+    separation = pair_separation(rows * length, labels)
+    assert separation.roc_auc == pytest.approx(expected.roc_auc, abs=1e-6)
+    assert separation.same_mean == pytest.approx(expected.same_mean, abs=1e-6)
 
 
 def test_ties_count_as_chance() -> None:

@@ -211,6 +211,43 @@ def test_wrong_arguments_of_neighbors_are_named() -> None:
         nearest_neighbors(bad, rows, 1)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "length"),
+    [
+        (torch.float32, 1e-42),
+        (torch.float32, 1e-38),
+        (torch.float32, 2e38),
+        (torch.float64, 1e-320),
+        (torch.float64, 1e-200),
+        (torch.float64, 1e-155),
+        (torch.float64, 1e200),
+        (torch.float64, 1.7e308),
+    ],
+)
+def test_a_row_of_any_length_has_a_direction(dtype: torch.dtype, length: float) -> None:
+    row = torch.tensor([[1.0, 1.0, 0.0]], dtype=dtype) * length
+    rows = torch.cat([row, torch.tensor([[2.0, 0, 0], [0, 0, 0]], dtype=dtype)])
+    expected = torch.tensor([[1, 0.5**0.5, 0], [0.5**0.5, 1, 0], [0, 0, 0]], dtype=dtype)
+    assert_close(similarity_matrix(rows), expected)
+    scores, _ = nearest_neighbors(rows[:1], rows, 2)
+    assert_close(scores, expected[:1, :2])
+
+
+def test_what_has_no_values_is_named() -> None:
+    rows = random_rows(4)
+    with pytest.raises(TypeError, match=r"`a` must be a dense tensor.*`a\.to_dense\(\)`"):
+        similarity_matrix(rows.to_sparse())
+    with pytest.raises(ValueError, match="`queries` must have values, got a tensor on the device"):
+        nearest_neighbors(rows.to("meta"), k=1)
+    with pytest.raises(ValueError, match=r"`corpus` must have at least one number in each row"):
+        nearest_neighbors(rows, rows[:, :0])
+    with pytest.raises(ValueError, match="`labels` must have values"):
+        class_similarity_matrix(rows, torch.zeros(4, dtype=torch.int64, device="meta"))
+    rows[2] = torch.nan
+    with pytest.raises(ValueError, match="`queries` has NaN"):
+        nearest_neighbors(rows, k=1)
+
+
 def test_wrong_arguments_are_named() -> None:
     rows = random_rows(4)
     with pytest.raises(ValueError, match=r"`a` and `b` must have the same embedding size.*8 and 5"):

@@ -60,7 +60,7 @@ def check_finite(name: str, embeddings: Tensor, *, first_row: int | None = None)
 
 
 def check_embeddings(name: str, value: Any) -> None:
-    """Raise unless `value` is floating point of shape ``[N, D]``; its values are not read."""
+    """Raise unless `value` is dense floating point ``[N, D]``, D at least 1; no value is read."""
     if not isinstance(value, (Tensor, np.ndarray)):
         raise TypeError(f"`{name}` must be a tensor or a NumPy array, got {type(value).__name__}.")
     if value.ndim != 2:
@@ -69,6 +69,21 @@ def check_embeddings(name: str, value: Any) -> None:
         )
     if not (value.is_floating_point() if isinstance(value, Tensor) else value.dtype.kind == "f"):
         raise TypeError(f"`{name}` must be floating point, got {value.dtype}.")
+    if isinstance(value, Tensor):
+        _check_dense(name, value)
+    if value.shape[1] == 0:
+        raise ValueError(
+            f"`{name}` must have at least one number in each row, got shape {list(value.shape)}."
+        )
+
+
+def _check_dense(name: str, value: Tensor) -> None:
+    if value.layout is not torch.strided:
+        raise TypeError(
+            f"`{name}` must be a dense tensor, got layout {value.layout}. Give `{name}.to_dense()`."
+        )
+    if value.is_meta:
+        raise ValueError(f"`{name}` must have values, got a tensor on the device 'meta'.")
 
 
 def as_embeddings(name: str, value: Any, *, finite: bool = False) -> Tensor:
@@ -86,6 +101,7 @@ def as_labels(name: str, value: Any, *, length: int | None = None) -> Tensor:
     """Return `value` as an int64 tensor of shape ``[N]``, or raise; its values are not read."""
     if not isinstance(value, Tensor):
         value = torch.from_numpy(_native(label_array(name, value)))
+    _check_dense(name, value)
     if value.ndim != 1:
         raise ValueError(_not_one_dimensional(name, value.shape))
     if value.is_floating_point() or value.is_complex():

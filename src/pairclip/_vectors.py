@@ -57,7 +57,15 @@ def differentiable_unit_rows(rows: Tensor) -> Tensor:
 
 
 def _divided(rows: Tensor, norms: Tensor) -> Tensor:
-    return rows / norms.where(norms > 0, 1.0).to(rows.dtype)[:, None]
+    unit = rows / norms.where(norms > 0, 1.0).to(rows.dtype)[:, None]
+    # Lengths whose squares left the range of float64, or that the rows' own type can't hold well.
+    low, high = (1e-150, 1e150) if rows.dtype == torch.float64 else (1e-37, 1e38)
+    extreme = (norms < low) | (norms > high)
+    if extreme.any():
+        largest = rows[extreme].abs().amax(dim=1, keepdim=True)
+        scaled = rows[extreme] / largest.where(largest > 0, 1.0)
+        unit[extreme] = scaled / torch.linalg.vector_norm(scaled, dim=1, keepdim=True).clamp_min(1)
+    return unit
 
 
 def at_hand(tensor: Tensor) -> bool:

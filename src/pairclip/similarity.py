@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pairclip import _checks
 from pairclip._vectors import (
+    Classes,
     class_squares,
     class_sums,
     finite_unit_rows,
@@ -156,7 +157,7 @@ def nearest_neighbors(
     rows = torch.zeros(len(queries), k, dtype=torch.int64, device=device)
     buffer = torch.empty(_QUERY_ROWS, min(block_size, len(searched)), **options)
     for first in range(0, len(searched), block_size):
-        block = _unit_block("corpus", searched, first, block_size, options)
+        block = _unit_block("queries" if own else "corpus", searched, first, block_size, options)
         for start in range(0, len(queries), _QUERY_ROWS):
             part = slice(start, start + _QUERY_ROWS)
             unit = _unit_block("queries", queries, start, _QUERY_ROWS, options)
@@ -215,19 +216,36 @@ def class_similarity_matrix(
     _checks.check_choice("reduction", reduction, ("pairs", "centroids"))
     rows = unit_rows(_checks.as_embeddings("embeddings", embeddings, finite=True))
     labels = _checks.as_labels("labels", labels, length=len(rows)).to(rows.device)
-    classes, of_row, counts = labels.unique(return_inverse=True, return_counts=True)
+    classes, of_row = labels.unique(return_inverse=True)
     grouped = group_by_slot(of_row, len(classes))
-    sums, own = class_sums(rows, grouped), class_squares(rows, grouped)
     if reduction == "centroids":
-        unit = unit_rows(sums)
+        unit = unit_rows(class_sums(rows, grouped))
         return (unit @ unit.T).clamp_(-1, 1), classes
-    counts = counts.double()
-    # In place: with many classes these are large.
-    means = sums @ sums.T
-    means.diagonal().sub_(own)
-    pairs = counts[:, None] * counts
-    pairs.diagonal().sub_(counts)
-    means.div_(pairs).clamp_(-1, 1)
-    # Rounding may leave a lone item's total other than 0, so 0 / 0 is not relied on.
-    means.diagonal()[counts == 1] = torch.nan
-    return means, classes
+    return totals_of(rows, grouped).mean_cosines(0, len(classes)), classes
+
+
+class ClassTotals(NamedTuple):
+    """What the mean cosines between classes follow from, in memory linear in their number."""
+
+    sums: Tensor  # [C, D] float64: sum of each class's unit rows
+    squares: Tensor  # [C] float64: sum of their squared lengths
+    counts: Tensor  # [C] float64
+
+    def mean_cosines(self, start: int, stop: int) -> Tensor:
+        """Rows of `class_similarity_matrix` from one class up to another, ``[stop - start, C]``."""
+        some = slice(start, stop)
+        # In place: with many classes these are large.
+        means = self.sums[some] @ self.sums.T
+        means.diagonal(start).sub_(self.squares[some])
+        pairs = self.counts[some, None] * self.counts
+        pairs.diagonal(start).sub_(self.counts[some])
+        means.div_(pairs).clamp_(-1, 1)
+        # Rounding may leave a lone item's total other than 0, so 0 / 0 is not relied on.
+        means.diagonal(start)[self.counts[some] == 1] = torch.nan
+        return means
+
+
+def totals_of(rows: Tensor, classes: Classes) -> ClassTotals:
+    """The totals of unit rows."""
+    sums, squares = class_sums(rows, classes), class_squares(rows, classes)
+    return ClassTotals(sums, squares, classes.counts.double())

@@ -2,6 +2,7 @@
 
 from pairclip.evaluation.comparison import Change
 from pairclip.evaluation.evaluating import evaluate, evaluate_embeddings
-from pairclip.evaluation.result import Evaluation, PairHistogram
+from pairclip.evaluation.histogram import PairHistogram
+from pairclip.evaluation.result import Evaluation
 
 __all__ = ["Change", "Evaluation", "PairHistogram", "evaluate", "evaluate_embeddings"]

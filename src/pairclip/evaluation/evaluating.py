@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from pairclip import _checks
+from pairclip._vectors import group_by_slot, unit_rows
 from pairclip.datasets import LabelledImages
 from pairclip.embedding import embed_images
-from pairclip.evaluation.result import Evaluation, FloatArray, IntArray, PairHistogram
+from pairclip.evaluation.classes import class_means, confused_classes, names_of
+from pairclip.evaluation.histogram import PairHistogram
+from pairclip.evaluation.joining import column_of, groups_of, join_classes
+from pairclip.evaluation.result import Evaluation
 from pairclip.retrieval import PAIR_METRICS, QUERY_METRICS, PairSeparation, outcome_of
-from pairclip.similarity import class_similarity_matrix
+from pairclip.similarity import totals_of
 from pairclip.towers import VisionTower
 
 _NEIGHBORS = 10
-_MOST_CONFUSED = 5
 
 
 def evaluate(
     tower: VisionTower,
-    dataset: Any,
+    queries: Any,
+    gallery: Any = None,
     *,
+    exclude: str | Sequence[Any] | tuple[Sequence[Any], Sequence[Any]] | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
     also: Mapping[str, Any] | None = None,
@@ -34,35 +38,70 @@ def evaluate(
 
     Args:
         tower: Embeds the images.
-        dataset: Any labelled dataset that `LabelledImages` takes.
+        queries: Any labelled dataset that `LabelledImages` takes.
+        gallery: The images that are searched, another such dataset; None searches each of
+            `queries` among the others. Classes are joined by name where both have names. Images of
+            further classes are what must not be found.
+        exclude: A value of each image (its camera, product or photograph): an image of a query's
+            own class *and* value is neither a find nor a miss, so that near copies don't count.
+            A sequence, or the name of a column of the dataset; for a gallery the name of a column
+            that both have, or a pair of sequences, of the queries and of the gallery. None as a
+            value stands for an image like no other.
         batch_size: Images per forward pass.
         num_workers: Processes that load and preprocess images.
-        also: Further datasets by name, evaluated apart: what the tower must not forget, for
-            instance, or classes that it wasn't trained on.
+        also: Further datasets by name, evaluated apart, each among its own images: what the tower
+            must not forget, for instance, or classes that it wasn't trained on.
 
     Returns:
-        The metrics, each image searched among the others.
+        The metrics, of each query among the others or in the gallery.
 
     Raises:
-        ValueError: If an image can't be read, an embedding is not finite, or no class has two
-            images.
+        ValueError: If an image can't be read, an embedding is not finite, no query has another
+            image of its class to find, only one dataset has class names, or `exclude` doesn't fit.
 
     Example:
         >>> import numpy as np
         >>> from pairclip import evaluate
         >>> from pairclip.towers import random_tower
-        >>> tower = random_tower()
         >>> images = np.zeros((4, 16, 16, 3), dtype=np.uint8)
         >>> images[2:] = 255
-        >>> evaluate(tower, (images, ["black", "black", "white", "white"])).recall_at_1
+        >>> names = ["black", "black", "white", "white"]
+        >>> evaluate(random_tower(), (images, names)).recall_at_1
+        1.0
+        >>> evaluate(random_tower(), (images[1:3], names[1:3]), gallery=(images, names)).recall_at_1
         1.0
     """
     if also is not None and not isinstance(also, Mapping):
         raise TypeError(f"`also` must be a dict of datasets by name, got {type(also).__name__}.")
-    data = LabelledImages(dataset)
-    embeddings = embed_images(tower, data, batch_size=batch_size, num_workers=num_workers)
+    data = LabelledImages(queries)
+
+    def embed(images: LabelledImages) -> Tensor:
+        return embed_images(tower, images, batch_size=batch_size, num_workers=num_workers)
+
+    if gallery is None:
+        values = None if exclude is None else column_of("exclude", exclude, data, "queries")
+        evaluation = evaluate_embeddings(
+            embed(data), data.labels, class_names=data.class_names, exclude=values
+        )
+    else:
+        searched = LabelledImages(gallery)
+        joined = join_classes(data, searched)
+        of_queries = of_gallery = None
+        if exclude is not None:
+            both = (exclude, exclude) if isinstance(exclude, str) else _pair(exclude)
+            of_queries = column_of("exclude", both[0], data, "queries")
+            of_gallery = column_of("exclude", both[1], searched, "gallery")
+        evaluation = evaluate_embeddings(
+            embed(searched),
+            joined.labels,
+            queries=embed(data),
+            query_labels=joined.query_labels,
+            class_names=joined.class_names,
+            exclude=of_gallery,
+            query_exclude=of_queries,
+        )
     return replace(
-        evaluate_embeddings(embeddings, data.labels, class_names=data.class_names),
+        evaluation,
         also={
             name: evaluate(tower, other, batch_size=batch_size, num_workers=num_workers)
             for name, other in (also or {}).items()
@@ -71,26 +110,38 @@ def evaluate(
 
 
 def evaluate_embeddings(
-    embeddings: Any, labels: Any, *, class_names: list[str] | None = None
+    embeddings: Any,
+    labels: Any,
+    *,
+    queries: Any = None,
+    query_labels: Any = None,
+    class_names: list[str] | None = None,
+    exclude: Sequence[Any] | None = None,
+    query_exclude: Sequence[Any] | None = None,
 ) -> Evaluation:
     """Say how well embeddings keep their classes apart.
 
     Args:
-        embeddings: Shape ``[N, D]``, floating point, any length.
+        embeddings: The images to search, shape ``[N, D]``, floating point, any length.
         labels: Class id of each row, shape ``[N]``, integer.
+        queries: Shape ``[M, D]``; None takes each row as a query among the others.
+        query_labels: Class id of each query, shape ``[M]``.
         class_names: Name of class id i at place i; None names classes by their ids. Where two
             have one name, the ids are added.
+        exclude: A value of each row: a row of a query's own class *and* value is neither a find
+            nor a miss, so that near copies don't count. None stands for a row like no other.
+        query_exclude: The same of each query, where there are `queries`.
 
     Returns:
-        The metrics, each row searched among the others.
+        The metrics, of each row among the others or of each query among the rows.
 
     Raises:
         ValueError: If shapes don't fit, an embedding is not finite, a class has no name, or no
-            class has two rows.
+            query has another row of its class to find.
         TypeError: If embeddings are not floating point or labels not integers.
 
     Warns:
-        UserWarning: If rows were left out as queries because they are alone in their class.
+        UserWarning: If queries were left out because no other row is of their class.
 
     Example:
         >>> import torch
@@ -103,15 +154,32 @@ def evaluate_embeddings(
         '| Recall at 1 | 1.000 |'
     """
     embeddings = _checks.as_embeddings("embeddings", embeddings)
-    labels = _checks.as_labels("labels", labels, length=len(embeddings))
-    names = _names(labels.unique().tolist(), class_names)
-    outcome = outcome_of([*QUERY_METRICS.values()], embeddings, labels, neighbors=_NEIGHBORS)
-    similarity, classes = class_similarity_matrix(embeddings, labels)
-    matrix = similarity.cpu().numpy()
-    places = torch.searchsorted(classes, labels.to(classes.device)).cpu().numpy()
+    labels = _checks.as_labels("labels", labels, length=len(embeddings)).to(embeddings.device)
+    groups, query_groups = _groups(exclude, query_exclude, embeddings, queries)
+    outcome = outcome_of(
+        [*QUERY_METRICS.values()],
+        embeddings,
+        labels,
+        queries=queries,
+        query_labels=query_labels,
+        groups=groups,
+        query_groups=query_groups,
+        neighbors=_NEIGHBORS,
+    )
+    rows = unit_rows(embeddings)
+    if queries is not None:
+        query_rows = unit_rows(_checks.as_embeddings("queries", queries)).to(rows)
+        rows = torch.cat([query_rows, rows])
+        labels = torch.cat([_checks.as_labels("query_labels", query_labels).to(labels), labels])
+    ids, places = labels.unique(return_inverse=True)
+    names = names_of(ids.tolist(), class_names)
+    totals = totals_of(rows, group_by_slot(places, len(ids)))
+    gallery_labels = None
+    if queries is not None:
+        places, gallery = places.split([len(queries), len(embeddings)])
+        gallery_labels = gallery.cpu().numpy()
     per_query = {name: values.cpu().numpy() for name, values in outcome.per_query.items()}
-    queries = outcome.queries.cpu().numpy()
-    of_query = places[queries]
+    of_query = places[outcome.queries].cpu().numpy()
     pairs = cast(PairSeparation, outcome.separation)
     metrics: dict[str, Any] = {
         **{name: float(values.mean()) for name, values in per_query.items()},
@@ -122,55 +190,55 @@ def evaluate_embeddings(
         roc_auc_error=pairs.roc_auc_error,
         pair_average_precision_error=pairs.average_precision_error,
         balanced_accuracy_error=pairs.balanced_accuracy_error,
-        num_images=len(embeddings),
-        num_queries=len(queries),
-        class_similarity=matrix,
+        num_images=len(places),
+        num_queries=len(outcome.queries),
         class_names=names,
-        confused_classes=_confused(matrix, names),
+        confused_classes=confused_classes(totals, names),
         per_class={
-            key: _class_means(values, of_query, len(names)) for key, values in per_query.items()
+            key: class_means(values, of_query, len(names)) for key, values in per_query.items()
         },
-        labels=places,
-        queries=queries,
+        labels=places.cpu().numpy(),
+        queries=outcome.queries.cpu().numpy(),
         per_query=per_query,
         neighbors=outcome.neighbors.cpu().numpy(),
         neighbor_scores=outcome.neighbor_scores.cpu().numpy(),
         histogram=PairHistogram(*(each.cpu().numpy() for each in outcome.histogram or ())),
+        class_pairs=type(totals)(*(each.cpu() for each in totals)),
+        gallery_labels=gallery_labels,
     )
 
 
-def _class_means(values: FloatArray, classes: IntArray, count: int) -> FloatArray:
-    queries = np.bincount(classes, minlength=count)
-    sums = np.bincount(classes, weights=values, minlength=count)
-    means: FloatArray = np.divide(sums, queries, out=np.full(count, np.nan), where=queries > 0)
-    return means
+def _pair(exclude: Any) -> tuple[Any, Any]:
+    if not isinstance(exclude, tuple) or len(exclude) != 2:
+        raise ValueError(
+            "`exclude` must be the name of a column or a pair of sequences, of the queries and of "
+            f"the gallery, got {type(exclude).__name__}."
+        )
+    return exclude
 
 
-def _names(classes: list[int], class_names: list[str] | None) -> list[str]:
-    if class_names is None:
-        return [str(of_class) for of_class in classes]
-    for of_class in classes:
-        if not 0 <= of_class < len(class_names):
+def _groups(
+    exclude: Sequence[Any] | None,
+    query_exclude: Sequence[Any] | None,
+    embeddings: Tensor,
+    queries: Any,
+) -> tuple[Tensor | None, Tensor | None]:
+    if (query_exclude is None) != (exclude is None or queries is None):
+        raise ValueError(
+            "`exclude` and `query_exclude` go together where there are `queries`, and "
+            "`query_exclude` needs them."
+        )
+    if exclude is None:
+        return None, None
+    for name, values, of in (
+        ("exclude", exclude, embeddings),
+        ("query_exclude", query_exclude, queries),
+    ):
+        if values is not None and len(values) != len(of):
             raise ValueError(
-                f"`class_names` has {len(class_names)} names, but there is a class id {of_class}. "
-                "Give one name for each id from 0 to the highest, or None."
+                f"`{name}` must have one value for each row, got {len(values)} for {len(of)} rows."
             )
-    names = [class_names[of_class] for of_class in classes]
-    of_name = Counter(names)
-    return [
-        name if of_name[name] == 1 else f"{name} ({of_class})"
-        for name, of_class in zip(names, classes, strict=True)
-    ]
-
-
-def _confused(matrix: FloatArray, names: list[str]) -> list[tuple[str, str, float]]:
-    above = np.triu(np.ones(matrix.shape, dtype=bool), 1)
-    values = matrix[above]
-    if not len(values):
-        return []
-    # Not all are sorted: of ten thousand classes there are fifty million pairs.
-    count = min(_MOST_CONFUSED, len(values))
-    rows, columns = np.nonzero(above & (matrix >= np.partition(values, -count)[-count]))
-    values = matrix[rows, columns]
-    most = np.argsort(-values, kind="stable")[:count]
-    return [(names[rows[i]], names[columns[i]], float(values[i])) for i in most]
+    if query_exclude is None:
+        return groups_of(exclude)[0], None
+    of_queries, of_rows = groups_of(query_exclude, exclude)
+    return of_rows, of_queries

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,44 +13,17 @@ import numpy.typing as npt
 
 from pairclip import _files
 from pairclip.evaluation.comparison import Change, paired_intervals
+from pairclip.evaluation.histogram import FloatArray, IntArray, PairHistogram
+from pairclip.evaluation.reading import fields_of
 from pairclip.evaluation.wording import as_text, change_row
 from pairclip.retrieval import METRICS, QUERY_METRICS
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
+from pairclip.similarity import ClassTotals
 
 _FORMAT = 1
-_ARRAYS: dict[str, type[np.generic]] = {
-    "class_similarity": np.float64,
-    "labels": np.int64,
-    "queries": np.int64,
-    "neighbors": np.int64,
-    "neighbor_scores": np.float32,
-}
 # What grows with the images, and so is in the file only.
-_PER_IMAGE = {"labels", "queries", "neighbors", "neighbor_scores", "per_query"}
-
-
-@dataclass(frozen=True, eq=False)
-class PairHistogram:
-    """Pairs of images counted by similarity.
-
-    Attributes:
-        edges: Ends of the bins, float64 ``[bins + 1]``.
-        same: Pairs of one class in each bin, int64 ``[bins]``.
-        different: Pairs of different classes in each bin, int64 ``[bins]``.
-
-    Example:
-        >>> import torch
-        >>> from pairclip import evaluate_embeddings
-        >>> histogram = evaluate_embeddings(torch.eye(4), torch.tensor([0, 0, 1, 1])).histogram
-        >>> int(histogram.same.sum()), int(histogram.different.sum())
-        (2, 4)
-    """
-
-    edges: FloatArray
-    same: IntArray
-    different: IntArray
+_PER_IMAGE = {"labels", "queries", "gallery_labels", "neighbors", "neighbor_scores", "per_query"}
+# With more classes the matrix of all of them is in no file and no dict.
+_MOST_CLASSES = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,8 +55,7 @@ class Evaluation:
         balanced_accuracy_error: How much better another threshold may be.
         num_images: Images evaluated, N.
         num_queries: Those with another image of their class, which are the queries, Q.
-        class_similarity: Mean cosine of the pairs between two classes, ``[C, C]`` float64.
-        class_names: Name of each row of `class_similarity`.
+        class_names: Name of each class.
         confused_classes: The most similar pairs of different classes, as
             ``(name, name, mean cosine)``, most similar first.
         per_class: Mean of each metric of queries over the queries of a class, ``[C]`` float64
@@ -96,6 +67,10 @@ class Evaluation:
             10.
         neighbor_scores: Their cosines, float32 ``[Q, K]``.
         histogram: Pairs of one and of different classes, counted by similarity.
+        class_pairs: What `class_similarity` is computed from when it is first asked for, so that
+            many classes take no memory before; the matrix itself if it was read from a file.
+        gallery_labels: Each gallery image's place in `class_names`, int64; None where images are
+            searched among themselves. `neighbors` are then images of the gallery.
         also: Evaluations of further datasets, by name.
 
     Example:
@@ -128,7 +103,6 @@ class Evaluation:
     balanced_accuracy_error: float
     num_images: int
     num_queries: int
-    class_similarity: FloatArray = field(repr=False)
     class_names: list[str]
     confused_classes: list[tuple[str, str, float]]
     per_class: dict[str, FloatArray] = field(repr=False)
@@ -138,7 +112,28 @@ class Evaluation:
     neighbors: IntArray = field(repr=False)
     neighbor_scores: npt.NDArray[np.float32] = field(repr=False)
     histogram: PairHistogram = field(repr=False)
+    class_pairs: ClassTotals | FloatArray | None = field(repr=False)
+    gallery_labels: IntArray | None = field(default=None, repr=False)
     also: dict[str, Evaluation] = field(default_factory=dict)
+
+    @cached_property
+    def class_similarity(self) -> FloatArray:
+        """Mean cosine of the pairs between two classes, float64 ``[C, C]``.
+
+        NaN for a class of one image with itself.
+
+        Raises:
+            ValueError: If this was read from a file, which has no matrix of over 1,000 classes.
+        """
+        if self.class_pairs is None:
+            raise ValueError(
+                f"A file has no `class_similarity` of over {_MOST_CLASSES} classes, and this was "
+                f"read from one with {len(self.class_names)}. Evaluate again."
+            )
+        if isinstance(self.class_pairs, ClassTotals):
+            matrix: FloatArray = self.class_pairs.mean_cosines(0, len(self.class_names)).numpy()
+            return matrix
+        return self.class_pairs
 
     def changes(self, baseline: Evaluation) -> dict[str, Change]:
         """Each metric before and after, with how sure the change is.
@@ -180,12 +175,27 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """The metrics under flat keys, as JSON takes them: None where one isn't defined.
 
-        Without what grows with the number of images, which `to_json` writes as well.
+        Without what grows with the number of images, which `to_json` writes as well, and with
+        ``class_similarity`` None for over 1,000 classes.
         """
-        single: dict[str, Any] = _files.plain(
-            {key: value for key, value in vars(self).items() if key not in {*_PER_IMAGE, "also"}}
-        )
-        return single | {"also": {name: other.to_dict() for name, other in self.also.items()}}
+        fields = {key: value for key, value in self._plain().items() if key not in _PER_IMAGE}
+        return fields | {"also": {name: other.to_dict() for name, other in self.also.items()}}
+
+    def _plain(self) -> dict[str, Any]:
+        """All of it but `also` as JSON has it."""
+        fields = {key: getattr(self, key) for key in self.__dataclass_fields__}
+        del fields["class_pairs"], fields["also"]
+        if self.gallery_labels is None:
+            del fields["gallery_labels"]
+        few = len(self.class_names) <= _MOST_CLASSES and self.class_pairs is not None
+        fields["class_similarity"] = self.class_similarity if few else None
+        plain: dict[str, Any] = _files.plain(fields)
+        return plain
+
+    def _content(self) -> dict[str, Any]:
+        return self._plain() | {
+            "also": {name: other._content() for name, other in self.also.items()}
+        }
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write all of it, queries included, to a file that `from_json` reads; whole or not at all.
@@ -200,27 +210,33 @@ class Evaluation:
             >>> same.recall_at_1 == before.recall_at_1
             True
         """
-        _files.write_text(
-            path, json.dumps({"format": _FORMAT} | _files.plain(self), allow_nan=False)
-        )
+        content = {"format": _FORMAT} | self._content()
+        content["sha256"] = _files.checksum_of_fields(content)
+        _files.write_json(path, content)
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> Evaluation:
         """Read what `to_json` wrote, to compare with it.
 
         Raises:
-            ValueError: If the file holds no evaluation, or one of another format.
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file holds no evaluation, or a damaged one, or one that a later
+                version of pairclip wrote.
         """
+        what = f"`path` must be a file that `Evaluation.to_json` wrote, got {os.fspath(path)!r}"
+        content = _files.read_json(Path(path))
+        if not isinstance(content, dict) or "format" not in content:
+            raise ValueError(f"{what}: it has no format. Evaluate again and save that.")
+        if "sha256" in content and content["sha256"] != _files.checksum_of_fields(content):
+            raise ValueError(f"{what}: it is damaged. Evaluate again and save that.")
+        _files.check_format(content["format"], _FORMAT, f"'{os.fspath(path)}'")
+        if content["format"] != _FORMAT:
+            raise ValueError(f"{what}: its format is not {_FORMAT}.")
+        fields = {key: value for key, value in content.items() if key not in ("format", "sha256")}
         try:
-            read = json.loads(Path(path).read_text(encoding="utf-8"))
-            if read.pop("format") != _FORMAT:
-                raise ValueError(f"its format is not {_FORMAT}")
-            return _evaluation(read)
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
-            raise ValueError(
-                f"`path` must be a file that `Evaluation.to_json` wrote, got {os.fspath(path)!r}: "
-                f"{error!r}. Evaluate again and save that."
-            ) from error
+            return _evaluation(fields)
+        except ValueError as error:
+            raise ValueError(f"{what}: {error}. Evaluate again and save that.") from error
 
     def to_markdown(self, baseline: Evaluation | None = None) -> str:
         """The metrics as a Markdown table, and those of `also` below it.
@@ -264,6 +280,8 @@ def _check_comparable(baseline: Evaluation, evaluation: Evaluation) -> None:
             f"{len(before.class_names)} classes against {after.num_images} of "
             f"{len(after.class_names)}{_first_other_name(before.class_names, after.class_names)}."
         )
+    if not _same_gallery(before.gallery_labels, after.gallery_labels):
+        raise ValueError("`baseline` must be of the same gallery, got another or one with none.")
     others = np.flatnonzero(before.labels != after.labels)
     if len(others):
         first = int(others[0])
@@ -284,6 +302,12 @@ def _check_comparable(baseline: Evaluation, evaluation: Evaluation) -> None:
         )
 
 
+def _same_gallery(before: IntArray | None, after: IntArray | None) -> bool:
+    if before is None or after is None:
+        return before is after
+    return np.array_equal(before, after)
+
+
 def _first_other_name(before: list[str], after: list[str]) -> str:
     for was, now in zip(before, after, strict=False):
         if was != now:
@@ -291,20 +315,7 @@ def _first_other_name(before: list[str], after: list[str]) -> str:
     return ""
 
 
-def _evaluation(read: dict[str, Any]) -> Evaluation:
-    """The opposite of `_files.plain`."""
-    return Evaluation(**{key: _field(key, value) for key, value in read.items()})
-
-
-def _field(key: str, value: Any) -> Any:
-    if key in _ARRAYS:
-        return np.array(value, dtype=_ARRAYS[key])
-    if key in {"per_class", "per_query"}:
-        return {name: np.array(values, dtype=np.float64) for name, values in value.items()}
-    if key == "histogram":
-        return PairHistogram(**{name: np.array(values) for name, values in value.items()})
-    if key == "confused_classes":
-        return [(one, other, similarity) for one, other, similarity in value]
-    if key == "also":
-        return {name: _evaluation(other) for name, other in value.items()}
-    return math.nan if value is None else value
+def _evaluation(content: Any) -> Evaluation:
+    fields = fields_of(content)
+    fields["also"] = {name: _evaluation(other) for name, other in fields["also"].items()}
+    return Evaluation(**fields)

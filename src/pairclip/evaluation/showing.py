@@ -57,8 +57,9 @@ def images_of(evaluation: Evaluation, dataset: Any) -> LabelledImages:
 def neighbor_is_right(evaluation: Evaluation) -> npt.NDArray[np.bool_]:
     """Whether each neighbour is of its query's class, ``[Q, K]``."""
     labels = evaluation.labels
+    searched = labels if evaluation.gallery_labels is None else evaluation.gallery_labels
     right: npt.NDArray[np.bool_] = (
-        labels[evaluation.neighbors] == labels[evaluation.queries][:, None]
+        searched[evaluation.neighbors] == labels[evaluation.queries][:, None]
     )
     return right
 

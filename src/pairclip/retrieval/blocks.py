@@ -39,6 +39,10 @@ class Search(NamedTuple):
     by_class: Tensor  # [N] items of class 0, then those of class 1, ...
     starts: Tensor  # [C + 1] where in `by_class` each class starts
     counts: Tensor  # [C + 1] items of each class; of class C none
+    # Items that are neither a find nor a miss for a query of their class, as those of its group
+    # are, have its slot: [N] of each item and [M] of each query, negative where there is none.
+    slots: Tensor | None = None
+    query_slots: Tensor | None = None
 
     @property
     def items(self) -> Tensor:
@@ -51,14 +55,22 @@ class Search(NamedTuple):
 
     def relevant(self) -> Tensor:
         """Items that each query should find, int64 ``[M]``."""
-        return self.counts[self.query_classes] - int(self.own)
+        return self.counts[self.query_classes] - self.left_out()
+
+    def left_out(self) -> Tensor:
+        """Items that each query is not compared with, int64 ``[M]``: itself and its group."""
+        own = torch.full_like(self.query_classes, int(self.own))
+        if self.slots is None or self.query_slots is None:
+            return own
+        sizes = self.slots.clamp_min(-1).add(1).bincount(minlength=len(self.slots) + 1)[1:]
+        return torch.where(self.query_slots < 0, own, sizes[self.query_slots.clamp_min(0)])
 
 
 class Block(NamedTuple):
     """Similarities of some queries with all items."""
 
     rows: Tensor  # [b] which queries
-    scores: Tensor  # [b, n], NO_ITEM where none is: at the query itself and from N on
+    scores: Tensor  # [b, n], NO_ITEM where none is: at what is left out and from N on
     members: Tensor  # [b, r] columns of the query's class, itself included, filled with N
 
 
@@ -67,9 +79,15 @@ def prepare(
     labels: Any,
     queries: Any = None,
     query_labels: Any = None,
+    *,
+    groups: Tensor | None = None,
+    query_groups: Tensor | None = None,
     names: tuple[str, str, str, str] = _NAMES,
 ) -> Search:
-    """Check the arguments, which have these names, and sort the items by class."""
+    """Check the arguments, which have these names, and sort the items by class.
+
+    `groups` are int64 of each item and query, from 0 on, or negative for a group of one.
+    """
     unit = unit_rows(_checks.as_embeddings(names[0], embeddings, finite=True))
     padded = unit.new_zeros((len(unit) // _COLUMNS + 1) * _COLUMNS, unit.shape[1])
     padded[: len(unit)] = unit
@@ -87,16 +105,37 @@ def prepare(
         row_labels = _checks.as_labels(names[3], query_labels, length=len(rows)).to(items.device)
     ids, classes, counts = labels.unique(return_inverse=True, return_counts=True)
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    query_classes = _places(ids, row_labels)
+    slots = query_slots = None
+    if groups is not None:
+        of_queries = groups if query_groups is None else query_groups
+        slots, query_slots = _slots(
+            classes, groups.to(items.device), query_classes, of_queries.to(items.device)
+        )
     return Search(
         padded=padded,
         classes=classes,
         queries=rows,
-        query_classes=_places(ids, row_labels),
+        query_classes=query_classes,
         own=queries is None,
         by_class=classes.argsort(stable=True),
         starts=starts,
         counts=torch.cat([counts, counts.new_zeros(1)]),
+        slots=slots,
+        query_slots=query_slots,
     )
+
+
+def _slots(
+    classes: Tensor, groups: Tensor, query_classes: Tensor, query_groups: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A number for each class and group that items have, of each item and of each query."""
+    base = 1 + int(max(groups.max(), query_groups.max()))
+    keys, query_keys = classes * base + groups, query_classes * base + query_groups
+    ids, slots = keys.unique(return_inverse=True)
+    query_slots = _places(ids, query_keys)
+    known = (query_groups >= 0) & (query_slots < len(ids))
+    return slots.where(groups >= 0, -1), query_slots.where(known, -2)
 
 
 def _places(ids: Tensor, labels: Tensor) -> Tensor:
@@ -139,8 +178,14 @@ def over_blocks(search: Search, rows: Tensor, work: Callable[[Block], T]) -> Ite
         of_items[:, count:] = NO_ITEM
         if search.own:
             of_items.scatter_(1, of_block[:, None], NO_ITEM)
+        members = _members(search, of_block)
+        if search.slots is not None and search.query_slots is not None:
+            slots = torch.cat([search.slots, search.slots.new_full((1,), -1)])
+            out = slots[members] == search.query_slots[of_block, None]
+            of_items.scatter_(1, members.where(out, count), NO_ITEM)
+            members = members.masked_fill(out, count)
         try:
-            return work(Block(of_block, of_items, _members(search, of_block)))
+            return work(Block(of_block, of_items, members))
         finally:
             spare.append(buffers)
 

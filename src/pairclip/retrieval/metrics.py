@@ -267,7 +267,7 @@ def knn_accuracy(
     """
     _checks.check_positive_int("k", k)
     names = ("train", "train_labels", "test", "test_labels")
-    search = prepare(train, train_labels, test, test_labels, names)
+    search = prepare(train, train_labels, test, test_labels, names=names)
     if k > len(search.items):
         raise ValueError(f"`k` must be at most the number of items, got {k} for {len(train)}.")
     if not len(search.queries):

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pairclip._vectors import highest
 from pairclip.retrieval.blocks import Block, Search, over_blocks, prepare
-from pairclip.retrieval.pair_metrics import PairCounts, PairSeparation, separate
+from pairclip.retrieval.pair_counts import PairCounts
+from pairclip.retrieval.pair_metrics import PairSeparation, separate
 from pairclip.retrieval.ranks import rank_in_place
 from pairclip.retrieval.table import Metric
 
@@ -35,19 +36,24 @@ def outcome_of(
     *,
     queries: Any = None,
     query_labels: Any = None,
+    groups: Tensor | None = None,
+    query_groups: Tensor | None = None,
     neighbors: int = 10,
     pairs: bool = True,
 ) -> Outcome:
     """Metrics of each query, its neighbours and, unless not wanted, the separation of all pairs.
 
-    Fewer items than `neighbors`, or than a vote asks for, are all taken.
+    An item of a query's class and group is neither a find nor a miss. Fewer items than
+    `neighbors`, or than a vote asks for, are all taken.
     """
-    search = prepare(embeddings, labels, queries, query_labels)
+    search = prepare(
+        embeddings, labels, queries, query_labels, groups=groups, query_groups=query_groups
+    )
     rows, left_out = _findable(search)
     counts = PairCounts(search) if pairs else None
     if counts is not None:
         counts.add_all(left_out)
-    neighbors = min(neighbors, len(search.items) - int(search.own))
+    neighbors = min(neighbors, len(search.items) - int(search.left_out().max()))
     of_nearest = [metric for metric in metrics if metric.of == "nearest"]
     of_ranks = [metric for metric in metrics if metric.of == "ranks"]
     # A vote looks at one item more, for ties at its last place.

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from threading import Lock
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pairclip._vectors import class_squares, class_sums, group_by_slot
-from pairclip.retrieval.blocks import Block, Search, over_blocks, prepare
+from pairclip.retrieval.blocks import Search, prepare
+from pairclip.retrieval.pair_counts import BINS, PairCounts
 from pairclip.retrieval.query_metrics import expected_precision, harmonic
 
-BINS = 1 << 20
 # A larger bound has the pairs counted again, in bins over the range that they have.
 _TOLERANCE = 1e-4
 
@@ -60,80 +59,20 @@ class PairSeparation:
     num_different: int
 
 
-class PairCounts:
-    """Pairs of a search, in equal bins of similarity; each pair of items is counted once."""
-
-    def __init__(self, search: Search, low: float = -1.0, width: float = 2 / BINS) -> None:
-        self.low, self.width = low, width
-        self._search = search
-        self._all: Tensor = search.counts.new_zeros(BINS)
-        self.same: Tensor = search.counts.new_zeros(BINS)
-        self._adding = Lock()
-
-    @property
-    def different(self) -> Tensor:
-        """Pairs of different classes in each bin, int64."""
-        different: Tensor = self._all - self.same
-        return different
-
-    def add(self, block: Block) -> None:
-        """Count the pairs of these queries."""
-        bins = (block.scores - self.low).mul_(1 / self.width).clamp_(0, BINS - 1).to(torch.int32)
-        bins[:, len(self._search.items) :] = BINS
-        if self._search.own:
-            columns = torch.arange(bins.shape[1], device=bins.device)
-            bins.masked_fill_(columns <= block.rows[:, None], BINS)
-        every, same = _counts(bins), _counts(bins.gather(1, block.members))
-        with self._adding:
-            self._all += every
-            self.same += same
-
-    def add_all(self, rows: Tensor) -> None:
-        """Count the pairs of all these queries."""
-        for _ in over_blocks(self._search, rows, self.add):
-            pass
-
-    def coarse(self, bins: int = 200) -> tuple[Tensor, Tensor, Tensor]:
-        """Edges of fewer bins, float64, and the pairs of one class and of two in each, int64."""
-        edges = torch.linspace(0, BINS, bins + 1, dtype=torch.float64)
-        sizes = edges.round().long().diff().tolist()
-        same, different = (
-            torch.stack([part.sum() for part in counts.split(sizes)])
-            for counts in (self.same, self.different)
-        )
-        return self.low + self.width * edges, same, different
-
-    def finer(self) -> PairCounts:
-        """No counts yet, of bins over the range in which there are pairs."""
-        first, last = self._filled()
-        # Powers of two, so that no similarity is rounded into another bin; a bin more on either
-        # side for similarities that rounding has put beyond 1.
-        width = self.width * 2.0 ** math.ceil(math.log2(last - first + 3)) / BINS
-        return PairCounts(self._search, self.low + (first - 1) * self.width, width)
-
-    def exact(self) -> bool:
-        """Whether bins are too narrow for two different similarities."""
-        first, last = self._filled()
-        low, high = self.low + first * self.width, self.low + (last + 1) * self.width
-        if low * high <= 0:
-            return False
-        exponent = math.frexp(min(abs(low), abs(high)))[1] - 1
-        return self.width <= torch.finfo(self._search.items.dtype).eps * 2.0**exponent
-
-    def _filled(self) -> tuple[int, int]:
-        filled = self._all.nonzero()
-        return int(filled[0]), int(filled[-1])
-
-
-def _counts(bins: Tensor) -> Tensor:
-    return torch.bincount(bins.flatten(), minlength=BINS + 1)[:BINS]
-
-
 def separate(search: Search, counts: PairCounts) -> PairSeparation:
     """Metrics of these counts; the pairs are counted again if the bins are too coarse."""
     separation = _separation(search, counts)
     while max(separation.roc_auc_error, separation.average_precision_error) > _TOLERANCE:
-        finer = counts.finer()
+        low, high = counts.range()
+        if low == high:
+            # All pairs are tied, wherever in their bin they are.
+            return replace(
+                separation,
+                roc_auc_error=0.0,
+                average_precision_error=0.0,
+                balanced_accuracy_error=0.0,
+            )
+        finer = counts.over_range(low, high)
         if finer.width >= counts.width:
             break
         finer.add_all(search.rows())
@@ -142,15 +81,15 @@ def separate(search: Search, counts: PairCounts) -> PairSeparation:
 
 
 def _separation(search: Search, counts: PairCounts) -> PairSeparation:
-    same, different = counts.same, counts.different
+    same, different = (each[counts.filled()].double() for each in (counts.same, counts.different))
     totals = int(same.sum()), int(different.sum())
     means = _means(search, *totals)
-    ranking = _ranking(counts, same.double(), different.double()) if all(totals) else _Ranking()
+    ranking = _ranking(counts, same, different) if all(totals) else _Ranking()
     return PairSeparation(
         same_mean=means[0],
-        same_std=counts.width * _std(same),
+        same_std=counts.width * _std(same, counts.filled()),
         different_mean=means[1],
-        different_std=counts.width * _std(different),
+        different_std=counts.width * _std(different, counts.filled()),
         gap=means[0] - means[1],
         num_same=totals[0],
         num_different=totals[1],
@@ -171,17 +110,31 @@ def _means(search: Search, num_same: int, num_different: int) -> tuple[float, fl
         queries = class_sums(search.queries, group_by_slot(search.query_classes, size))
         same = (queries * items).sum()
         total = queries.sum(dim=0) @ items.sum(dim=0)
+    if search.slots is not None and search.query_slots is not None:
+        left_out = _left_out(search, search.slots, search.query_slots)
+        same, total = same - left_out, total - left_out
     return (
         float(same) / num_same if num_same else math.nan,
         float(total - same) / num_different if num_different else math.nan,
     )
 
 
-def _std(counts: Tensor) -> float:
+def _left_out(search: Search, slots: Tensor, query_slots: Tensor) -> Tensor:
+    """Sum of the similarities of the pairs that don't count."""
+    size = int(slots.max()) + 2  # the last is for what has no slot
+    of_items = group_by_slot(slots.where(slots >= 0, size - 1), size)
+    items = class_sums(search.items, of_items)[:-1]
+    if search.own:
+        squares = class_squares(search.items, of_items)[:-1]
+        return (items.square().sum() - squares.sum()) / 2
+    of_queries = group_by_slot(query_slots.where(query_slots >= 0, size - 1), size)
+    return (class_sums(search.queries, of_queries)[:-1] * items).sum()
+
+
+def _std(counts: Tensor, bins: Tensor) -> float:
     """Population standard deviation, in bins."""
-    place = torch.arange(BINS, dtype=torch.float64, device=counts.device)
-    mean = (counts * place).sum() / counts.sum()
-    return float(((counts * (place - mean).square()).sum() / counts.sum()).sqrt())
+    mean = (counts * bins).sum() / counts.sum()
+    return float(((counts * (bins - mean).square()).sum() / counts.sum()).sqrt())
 
 
 class _Ranking(NamedTuple):
@@ -197,9 +150,10 @@ class _Ranking(NamedTuple):
 
 
 def _ranking(counts: PairCounts, same: Tensor, different: Tensor) -> _Ranking:
+    """Of the pairs in each filled bin, float64 ``[F]``, as what follows takes them, too."""
     auc, auc_error = _roc_auc(same, different)
     precision, precision_error = _average_precision(same, different)
-    edge, accuracy, accuracy_error = _best_edge(same, different)
+    edge, accuracy, accuracy_error = _best_edge(same, different, counts.filled())
     ranking = _Ranking(
         roc_auc=auc,
         roc_auc_error=auc_error,
@@ -226,8 +180,7 @@ def _roc_auc(same: Tensor, different: Tensor) -> tuple[float, float]:
 
 def _average_precision(same: Tensor, different: Tensor) -> tuple[float, float]:
     """Average precision with pairs of one bin in random order, and the most that it changes."""
-    filled = (same + different).nonzero().flip(0)[:, 0]
-    relevant, others = same[filled], different[filled]
+    relevant, others = same.flip(0), different.flip(0)
     tied = relevant + others
     relevant_above, above = relevant.cumsum(0) - relevant, tied.cumsum(0) - tied
 
@@ -243,23 +196,25 @@ def _average_precision(same: Tensor, different: Tensor) -> tuple[float, float]:
     return mean, max(high - mean, mean - low, 0.0)
 
 
-def _best_edge(same: Tensor, different: Tensor) -> tuple[float, float, float]:
+def _best_edge(same: Tensor, different: Tensor, bins: Tensor) -> tuple[float, float, float]:
     """Edge of bins with the best balanced accuracy, that, and how much better another place is."""
     same_above = same.sum() - _before(same)
     accuracy = (same_above / same.sum() + _before(different) / different.sum()) / 2
     best = int(accuracy.argmax())
-    # No pair is between here and the last edge that is as good: the middle is farthest from both.
     last = best + int((accuracy[best:] == accuracy[best]).long().cumprod(0).sum()) - 1
+    # The middle of the edges that are as good, with no pair between them, is farthest from both.
+    low = int(bins[best - 1]) + 1 if best else 0
+    high = int(bins[last]) if last < len(bins) else BINS
     # Within a bin, at most all that a move from one of its edges can gain.
     within = torch.minimum(
         accuracy[:-1] + different / different.sum() / 2, accuracy[1:] + same / same.sum() / 2
     )
     error = (within.max() - accuracy[best]).clamp_min(0)
-    return (best + last) / 2, float(accuracy[best]), float(error)
+    return (low + high) / 2, float(accuracy[best]), float(error)
 
 
 def _before(counts: Tensor) -> Tensor:
-    """Pairs below each edge, from the first to the last, ``[BINS + 1]``."""
+    """Pairs in front of each filled bin and behind the last, ``[F + 1]``."""
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 

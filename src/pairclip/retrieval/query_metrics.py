@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pairclip.retrieval.blocks import Block, Search
+from pairclip.retrieval.blocks import NO_ITEM, Block, Search
 from pairclip.retrieval.ranks import Ranks
 
 
-def hit(ranks: Ranks, k: int) -> Tensor:
+def hit(ranks: Ranks, k: float) -> Tensor:
     """Chance that one of the k nearest is relevant, float64 ``[b]``.
 
     Of the t items tied with the best relevant one, r are relevant and s have a place among the
@@ -31,7 +31,7 @@ def _log_choose(n: Tensor, k: Tensor) -> Tensor:
     return torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
 
 
-def precision(ranks: Ranks, k: int) -> Tensor:
+def precision(ranks: Ranks, k: float) -> Tensor:
     """Expected share of relevant items among the k nearest, float64 ``[b]``."""
     return _expected_within(ranks, torch.full_like(ranks.total, k)) / k
 
@@ -109,14 +109,15 @@ def vote(search: Search, block: Block, nearest: tuple[Tensor, Tensor], k: int) -
     classes = search.classes.new_zeros(block.scores.shape[1])  # the filling has no votes
     classes[: len(search.classes)] = search.classes
     votes = scores.new_zeros(len(scores), len(search.counts), dtype=torch.float64)
-    votes.scatter_add_(1, classes[columns[:, :k]], torch.ones_like(votes[:, :1]).expand(-1, k))
+    votes.scatter_add_(1, classes[columns[:, :k]], (scores[:, :k] > NO_ITEM).double())
     # Where more compete for the last places, each has its chance of one.
     crowded = last[:, 0] == last[:, 1]
     if crowded.any():
         lowest = last[crowded, :1]
         sure, tied = block.scores[crowded] > lowest, block.scores[crowded] == lowest
         places = k - sure.sum(dim=1, keepdim=True)
-        weight = sure + tied * (places / tied.sum(dim=1, keepdim=True).double())
+        chance = places / tied.sum(dim=1, keepdim=True).double() * (lowest > NO_ITEM)
+        weight = sure + tied * chance
         votes[crowded] = torch.zeros_like(votes[crowded]).scatter_add_(
             1, classes.expand(weight.shape), weight
         )

@@ -44,7 +44,7 @@ def recall(k: int) -> Metric:
         f"Recall at {k}",
         "share of queries with an image of their class among the k nearest",
         of="ranks",
-        function=partial(query_metrics.hit, k=k),
+        function=partial(query_metrics.hit, k=float(k)),
         places=k,
     )
 
@@ -56,7 +56,7 @@ def precision(k: int) -> Metric:
         f"Precision at {k}",
         "share of the k nearest images that are of the query's class",
         of="ranks",
-        function=partial(query_metrics.precision, k=k),
+        function=partial(query_metrics.precision, k=float(k)),
         places=k,
     )
 
