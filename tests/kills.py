@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+EVENTS = {f"os.{call}" for call in ("mkdir", "rename", "remove", "rmdir", "link", "truncate")}
+EVENTS |= {"open", "ctypes.dlsym"}  # which comes before names change places
+
 
 def killed_at(number: int, work: Callable[[], object]) -> bool:
     """Do the work in a process that SIGKILLs itself before file operation `number`; whether it did.
@@ -24,7 +27,15 @@ def killed_at(number: int, work: Callable[[], object]) -> bool:
 
         def watch(event: str, _: Any) -> None:
             nonlocal left
-            if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"):
+            if event in (
+                "ctypes.dlsym",
+                "open",
+                "os.mkdir",
+                "os.rename",
+                "os.remove",
+                "os.rmdir",
+                "os.link",
+            ):
                 if not left:
                     os.kill(os.getpid(), signal.SIGKILL)
                 left -= 1

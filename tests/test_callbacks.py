@@ -211,7 +211,7 @@ def test_a_callback_that_stops_a_fit(plain, images, tmp_path: Path, where: str) 
     history = fit(plain, images, Stop(), **arguments)
     assert (len(history.steps), history.stop_reason) == (2, "enough")
     assert [e["step"] for e in history.evaluations] == [2]
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000002"]
     assert fit(plain, images, Stop(), **arguments, resume=True) == history
 
 

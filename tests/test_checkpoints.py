@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import subprocess
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from torchvision import transforms
 
 from pairclip import (
     AllPairsCosineLoss,
+    Callback,
     Finetuner,
     VisionTower,
     _files,
@@ -247,7 +249,7 @@ def test_without_an_evaluation_at_its_step_a_checkpoint_has_no_figure(
     history = fit(tower, images, tmp_path, 6, eval_dataset=images, eval_every=3, keep_checkpoints=9)
     figures = {
         path.name[-1]: json.loads((path / "manifest.json").read_text())["figure"]
-        for path in tmp_path.iterdir()
+        for path in tmp_path.glob("step-*")
     }
     maps = {str(e["step"]): e["mean_average_precision"] for e in history.evaluations}
     assert figures == {"2": None, "4": None, "6": maps["6"]}
@@ -263,6 +265,7 @@ def test_what_is_not_ours_is_left_alone(tower: VisionTower, images: Any, tmp_pat
     before = contents(tmp_path)
     fit(tower, images, tmp_path, 6, keep_checkpoints=1)
     shutil.rmtree(tmp_path / "step-00000006")
+    (tmp_path / ".lock").unlink()
     assert contents(tmp_path) == before
     assert (tmp_path / "elsewhere").is_symlink()
 
@@ -296,7 +299,7 @@ def test_a_leftover_that_cannot_be_removed_does_not_end_all_checkpoints(
         rmtree(path, **options)
 
     monkeypatch.setattr(shutil, "rmtree", failing)
-    with pytest.warns(UserWarning, match=rf"'{stuck}', left by .* not be removed: .*denied"):
+    with pytest.warns(UserWarning, match=rf"leftover '{stuck}' could not be removed: .*denied"):
         write(tmp_path, 2)
     assert newest_checkpoint(tmp_path).step == 2
     assert (stuck.exists(), other.exists()) == (True, False)
@@ -314,6 +317,91 @@ def test_damaged_ones_do_not_push_out_what_is_written_now(
         warnings.simplefilter("ignore")
         assert newest_checkpoint(tmp_path).step == 3
     assert {2, 3} <= set(steps_in(tmp_path))
+
+
+def test_what_is_damaged_does_not_count_as_one_of_the_last(tmp_path: Path) -> None:
+    for step in (2, 4):
+        write(tmp_path, step, keep=9)
+    damage(tmp_path / "step-00000004" / "weights.safetensors", "flipped")
+    write(tmp_path, 6, keep=2)
+    assert steps_in(tmp_path) == [2, 6]
+
+
+def test_a_damaged_best_does_not_push_out_the_best_that_is_whole(tmp_path: Path) -> None:
+    for step, figure in ((1, 0.7), (2, 0.9), (3, 0.1)):
+        write(tmp_path, step, figure=figure, keep=9)
+    damage(tmp_path / "step-00000002" / "training.safetensors", "flipped")
+    write(tmp_path, 4, figure=0.2, keep=1)
+    assert steps_in(tmp_path) == [1, 4]
+    assert best_checkpoint(tmp_path).step == 1
+
+
+def test_one_that_was_put_aside_counts_until_its_successor_is_there(tmp_path: Path) -> None:
+    write(tmp_path, 3).rename(tmp_path / ".step-00000003.replaced")
+    assert newest_checkpoint(tmp_path).step == 3
+    write(tmp_path, 2)
+    assert newest_checkpoint(tmp_path).step == 3
+    assert steps_in(tmp_path) == [2, 3]
+
+
+def test_a_reader_beside_a_writer_always_finds_a_whole_one(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    ended = threading.Event()
+
+    def write_many() -> None:
+        for step in range(2, 60):
+            write(tmp_path, step, figure=1.0 if step % 7 else 0.0, keep=1)
+        ended.set()
+
+    writer = threading.Thread(target=write_many)
+    writer.start()
+    steps = []
+    while not ended.is_set():
+        steps.append(newest_checkpoint(tmp_path).step)
+        if steps[-1] > 10:
+            assert best_checkpoint(tmp_path) is not None
+    writer.join()
+    assert steps == sorted(steps)
+
+
+def test_two_fits_do_not_share_a_folder(tower: VisionTower, images: Any, tmp_path: Path) -> None:
+    class Second(Callback):
+        def on_step(self, state: Any) -> None:
+            with pytest.raises(OSError, match=r"is the `checkpoint_dir` of another fit that goes"):
+                fit(copy.deepcopy(state.tower), images, tmp_path, 2)
+
+    finetuner = Finetuner(tower, LOSS, callbacks=[Second()])
+    finetuner.fit(images, max_steps=2, batch_size=12, checkpoint_dir=tmp_path)
+    with pytest.raises(ValueError, match="is of another run"):
+        fit(tower, images, tmp_path, 2)
+    # An error leaves no lock.
+    finetuner.fit(images, max_steps=2, batch_size=12, checkpoint_dir=tmp_path, resume=True)
+
+
+def test_a_relative_folder_is_that_of_the_start(
+    tower: VisionTower, images: Any, tmp_path: Path, monkeypatch
+) -> None:
+    class Wanderer(Callback):
+        def on_step(self, state: Any) -> None:
+            os.chdir(tmp_path / "elsewhere")
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    Finetuner(tower, LOSS, callbacks=[Wanderer()]).fit(
+        images, max_steps=2, batch_size=12, checkpoint_dir="saved"
+    )
+    assert newest_checkpoint(tmp_path / "saved").step == 2
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_folder_whose_name_is_no_utf8(tower: VisionTower, images: Any, tmp_path: Path) -> None:
+    saved = tmp_path / os.fsdecode(b"caf\xe9")
+    whole, resumed = copy.deepcopy(tower), copy.deepcopy(tower)
+    expected = fit(whole, images, tmp_path / "whole", 4)
+    fit(tower, images, saved, 4)
+    shutil.rmtree(saved / "step-00000004")
+    assert fit(resumed, images, saved, 4) == expected
+    assert_same(resumed, whole)
 
 
 def test_a_file_with_the_name_of_a_checkpoint_is_no_hindrance(tmp_path: Path) -> None:
@@ -490,6 +578,57 @@ def test_a_manifest_with_a_wrong_entry_is_passed_over(
     assert newest_checkpoint(tmp_path).step == 3
 
 
+SEALED = [
+    {"step": 2},
+    {"format": 1, "step": 2, "figure": None, "files": None},
+    {"format": 1, "step": 2, "figure": None, "files": {name: 3 for name in FILES}},
+    {"format": 1, "step": 2, "figure": None, "files": {name: {"size": 3} for name in FILES}},
+    {"format": 1, "step": 2, "figure": "high", "files": {}},
+    {"format": 1, "step": 2, "figure": math.nan, "files": {}},
+]
+
+
+@pytest.mark.parametrize("manifest", SEALED)
+def test_an_odd_manifest_with_its_checksum_is_passed_over(tmp_path: Path, manifest: Any) -> None:
+    write(tmp_path, 1)
+    (write(tmp_path, 2) / "manifest.json").write_text(json.dumps(_files.sealed(manifest)))
+    with pytest.warns(UserWarning, match=r"step-00000002' is damaged, so passed over: .*manifest"):
+        assert newest_checkpoint(tmp_path).step == 1
+    write(tmp_path, 3, keep=1)
+    assert newest_checkpoint(tmp_path).step == 3
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_pipe_or_an_endless_device_for_a_file_is_passed_over(tmp_path: Path, file: str) -> None:
+    write(tmp_path, 1)
+    folder = write(tmp_path, 2)
+    (folder / file).unlink()
+    os.mkfifo(folder / file)
+    with pytest.warns(UserWarning, match="step-00000002' is damaged, so passed over"):
+        assert newest_checkpoint(tmp_path).step == 1
+    (folder / file).unlink()
+    (folder / file).symlink_to("/dev/zero")
+    with pytest.warns(UserWarning, match="step-00000002' is damaged, so passed over"):
+        assert newest_checkpoint(tmp_path).step == 1
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 900 + "1" + "}" * 900])
+def test_a_deeply_nested_manifest_is_passed_over(tmp_path: Path, text: str) -> None:
+    write(tmp_path, 1)
+    (write(tmp_path, 2) / "manifest.json").write_text(text)
+    with pytest.warns(UserWarning, match="step-00000002' is damaged, so passed over"):
+        assert newest_checkpoint(tmp_path).step == 1
+    write(tmp_path, 3, keep=1)
+
+
+def test_a_format_is_believed_only_with_its_checksum(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    path = write(tmp_path, 2) / "manifest.json"
+    path.write_text(path.read_text().replace('"format": 1', '"format": 3'))
+    with pytest.warns(UserWarning, match="manifest.json does not have its checksum"):
+        assert newest_checkpoint(tmp_path).step == 1
+
+
 @pytest.mark.parametrize("missing", ["format", "figure", "files"])
 def test_a_missing_entry_is_named(tmp_path: Path, missing: str) -> None:
     path = write(tmp_path, 2) / "manifest.json"
@@ -614,7 +753,7 @@ def test_a_full_disk_is_said_and_training_goes_on(small_disk: Path, images: Any)
         assert fit(tower, images, small_disk) == expected
     assert ["step 4" in str(w.message) for w in caught] == [True, False]
     assert_same(tower, whole)
-    assert [path.name for path in small_disk.iterdir()] == ["step-00000002"]
+    assert sorted(path.name for path in small_disk.iterdir()) == [".lock", "step-00000002"]
     assert newest_checkpoint(small_disk).step == 2
 
     # Full or not, a run resumes from what there is.
@@ -634,7 +773,8 @@ def test_a_disk_that_was_full_from_the_start_and_is_freed(
     with pytest.warns(UserWarning, match="could not be written") as caught:
         expected = fit(tower, images, small_disk / "saved")
     assert len(caught) == 3
-    assert not list(small_disk.glob("saved/*"))
+    assert steps_in(small_disk / "saved") == []
+    assert [path.name for path in (small_disk / "saved").iterdir()] == [".lock"]
     (small_disk / "ballast").unlink()
     assert fit(whole, images, small_disk / "saved", keep_checkpoints=1, checkpoint_every=6) == (
         expected

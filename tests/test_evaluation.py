@@ -285,7 +285,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("pairclip._files.os.fsync", fail)
+    monkeypatch.setattr("pairclip._files.whole.os.fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         after.to_json(path)
     assert [file.name for file in tmp_path.iterdir()] == ["evaluation.json"]

@@ -2,22 +2,36 @@
 
 import errno
 import os
+import signal
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from kills import every_kill
+from kills import every_kill, killed_at
 
 from pairclip import CachedFeatures, ImageIndex, _files, newest_checkpoint
+from pairclip._files import whole
 
 OLD_FILES = Path(__file__).parent / "old_files"
 
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture(params=["exchanged", "renamed twice"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How a folder takes the place of another: in one step, or where the system has none."""
+    if request.param == "renamed twice":
+        monkeypatch.setattr(whole, "exchange", lambda one, other: False)
+    elif sys.platform not in ("linux", "darwin"):
+        pytest.skip("this system has no such step")
+    return str(request.param)
 
 
 def make_folder(path: Path, *contents: str) -> None:
@@ -90,7 +104,7 @@ def test_no_link_is_followed_and_no_name_can_be_guessed(tmp_path: Path, monkeypa
     assert len(seen) == 3
     planted = tmp_path / ".file.guessed"
     planted.symlink_to(victim)
-    monkeypatch.setattr(_files, "_beside", lambda _: planted)
+    monkeypatch.setattr(whole, "_beside", lambda _: planted)
     with pytest.raises(FileExistsError):
         _files.write_text(path, "text")
     assert victim.read_text() == "mine"
@@ -145,7 +159,7 @@ def test_what_killed_writers_left_is_removed_after_a_day(tmp_path: Path) -> None
 # --- Whole folders --------------------------------------------------------------------------------
 
 
-def test_a_folder_is_the_old_one_until_the_new_one_is_whole(tmp_path: Path) -> None:
+def test_a_folder_is_the_old_one_until_the_new_one_is_whole(tmp_path: Path, way: str) -> None:
     path = tmp_path / "saved"
     make_folder(path, "old", "old")
     with suppress(KeyError), _files.whole_folder(path) as folder:
@@ -163,9 +177,10 @@ def test_a_folder_that_can_not_take_its_place_leaves_the_old_one(
     path = tmp_path / "saved"
     make_folder(path, "old")
     rename = os.rename
+    monkeypatch.setattr(whole, "exchange", lambda one, other: False)
 
     def failing(source: Path, target: Path) -> None:
-        if Path(target) == path and "replaced" not in Path(source).name:
+        if Path(target) == path and not path.exists() and "replaced" not in Path(source).name:
             raise OSError(errno.EIO, "Input/output error")
         rename(source, target)
 
@@ -176,17 +191,99 @@ def test_a_folder_that_can_not_take_its_place_leaves_the_old_one(
     assert names(tmp_path) == ["saved"]
 
 
-def test_a_kill_before_any_file_operation_leaves_a_whole_folder(tmp_path: Path) -> None:
+def test_a_kill_before_any_file_operation_leaves_a_whole_folder(tmp_path: Path, way: str) -> None:
     (tmp_path / "all").mkdir()
     make_folder(tmp_path / "all" / "saved", "old", "old")
     contents = []
     for left in every_kill(
         tmp_path / "all", lambda where: make_folder(where / "saved", "new", "new")
     ):
-        _files.restore_replaced(left / "saved")
+        if way == "renamed twice":
+            _files.restore_replaced(left / "saved")
         contents.append("".join((left / "saved" / name).read_text() for name in "01"))
     assert set(contents) == {"oldold", "newnew"}
     assert contents == sorted(contents, reverse=True)
+
+
+def test_threads_that_write_one_folder_never_tear_it(tmp_path: Path, way: str) -> None:
+    path = tmp_path / "saved"
+
+    def write(text: str) -> None:
+        for _ in range(12):
+            make_folder(path, text, text)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(write, "abcd"))
+    assert len({(path / name).read_text() for name in "01"}) == 1
+    assert names(tmp_path) == ["saved"]
+
+
+def test_what_others_put_into_a_folder_stays(tmp_path: Path, way: str) -> None:
+    path = tmp_path / "saved"
+    make_folder(path, "old")
+    (path / "notes").mkdir()
+    (path / "notes" / "mine").write_text("mine")
+    (path / "link").symlink_to("notes")
+    with _files.whole_folder(path, keep_others=True) as folder:
+        (folder / "0").write_text("new")
+    assert (path / "0").read_text() == "new"
+    assert (path / "link" / "mine").read_text() == "mine"
+    assert (path / "link").is_symlink()
+    assert names(tmp_path) == ["saved"]
+
+
+def test_a_folder_that_can_not_be_moved_is_not_read_until_it_is_whole(
+    tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(whole, "is_fixed", lambda _: True)
+
+    def write(path: Path) -> None:
+        with _files.whole_folder(path / "saved", keep_others=True, key="key") as folder:
+            for name in ("key", "a", "b"):
+                (folder / name).write_text("new")
+
+    (tmp_path / "all" / "saved").mkdir(parents=True)
+    for name in ("key", "a", "b", "mine"):
+        (tmp_path / "all" / "saved" / name).write_text("old")
+    seen = []
+    for left in every_kill(tmp_path / "all", write):
+        assert (left / "saved" / "mine").read_text() == "old"
+        if (left / "saved" / "key").exists():
+            seen.append("".join((left / "saved" / name).read_text() for name in ("key", "a", "b")))
+    assert set(seen) == {"oldoldold", "newnewnew"}
+
+
+# --- Locks ----------------------------------------------------------------------------------------
+
+
+def test_a_lock_is_held_once_and_ends_with_its_process(tmp_path: Path) -> None:
+    with (
+        _files.locked(tmp_path, "is in use."),
+        pytest.raises(OSError, match=rf"'{tmp_path}' is in use\."),
+        _files.locked(tmp_path, "is in use."),
+    ):
+        pass
+
+    def hold() -> None:
+        with _files.locked(tmp_path, "is in use."):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert killed_at(10**6, hold)
+    with _files.locked(tmp_path, "is in use."):
+        pass
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks"), NotImplementedError("none")])
+def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch, error: Exception) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(whole.FileLock, "acquire", failing)
+    with (
+        pytest.warns(UserWarning, match=r"can't be locked \(.*\): let no other process wr"),
+        _files.locked(tmp_path, "is in use."),
+    ):
+        pass
 
 
 # --- JSON -----------------------------------------------------------------------------------------
@@ -199,6 +296,15 @@ def test_names_that_are_no_utf8_come_back(tmp_path: Path) -> None:
     checksum = _files.checksum_of_fields(content)
     assert checksum == _files.checksum_of_fields({**content, "sha256": "any"})
     assert checksum != _files.checksum_of_fields({**content, "more": 0})
+
+
+def test_a_pipe_or_an_endless_device_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for name in ("pipe", "zero", "."):
+        for read in (_files.read_json, _files.checksum, _files.MappedTensors):
+            with pytest.raises(ValueError, match="is damaged: it is not a file"):
+                read(tmp_path / name)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000])

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 from quick import quick_evaluation
 from runs import At, Killed, Run, assert_same, kill, never, photos, plain_tower, send
 
@@ -21,6 +20,7 @@ from pairclip import (
     newest_checkpoint,
 )
 from pairclip.callbacks import FitState
+from pairclip.checkpoints import writing
 
 
 @contextmanager
@@ -67,7 +67,7 @@ def test_a_signal_ends_the_step_saves_and_stops(tmp_path: Path, number: int, ste
     # The evaluation that the signal prevented is in the checkpoint of its step, if it was due.
     figures = {
         path.name: json.loads((path / "manifest.json").read_text())["figure"]
-        for path in (tmp_path / "parts").iterdir()
+        for path in (tmp_path / "parts").glob("step-*")
     }
     if step == 6:
         assert figures["step-00000006"] == expected.evaluations[-1]["mean_average_precision"]
@@ -109,20 +109,20 @@ def test_a_signal_during_an_evaluation(tmp_path: Path, number: int, step: int, s
 
 
 def test_a_signal_while_a_checkpoint_is_written(tmp_path: Path, number: int, monkeypatch) -> None:
-    serialize_file, left = safetensors.torch.serialize_file, [2]
+    write_tensors, left = writing.write_tensors, [2]
 
-    def interrupted(tensors: Any, path: Path, **options: Any) -> None:
+    def interrupted(*arguments: Any) -> None:
         left[0] -= 1
         if not left[0]:
             os.kill(os.getpid(), number)
-        serialize_file(tensors, path, **options)
+        write_tensors(*arguments)
 
-    monkeypatch.setattr(safetensors.torch, "serialize_file", interrupted)
+    monkeypatch.setattr(writing, "write_tensors", interrupted)
     run = Run(tmp_path)
     run.fit["keep_checkpoints"] = 9
     with ends_with(number):
         run.go()
-    assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["2", "3"]
+    assert sorted(path.name[-1] for path in tmp_path.glob("step-*")) == ["2", "3"]
     assert newest_checkpoint(tmp_path).step == 3
 
 
@@ -164,7 +164,7 @@ def test_a_second_ctrl_c_interrupts_at_once(tmp_path: Path, number: int) -> None
     with pytest.raises(KeyboardInterrupt):
         run.go(At(3, send(number, signal.SIGINT)), At(3, lambda: reached.append(3)))
     assert reached == []
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000002"]
 
 
 def test_a_repeated_sigterm_is_the_same_wish(tmp_path: Path, number: int) -> None:
@@ -177,18 +177,18 @@ def test_a_repeated_sigterm_is_the_same_wish(tmp_path: Path, number: int) -> Non
 def test_a_second_ctrl_c_while_saving_leaves_no_half_checkpoint(
     tmp_path: Path, number: int, monkeypatch
 ) -> None:
-    serialize_file = safetensors.torch.serialize_file
+    write_tensors = writing.write_tensors
 
-    def interrupted(tensors: Any, path: Path, **options: Any) -> None:
-        serialize_file(tensors, path, **options)
+    def interrupted(*arguments: Any) -> None:
+        write_tensors(*arguments)
         os.kill(os.getpid(), signal.SIGINT)
 
     run = Run(tmp_path)
     run.fit["checkpoint_every"] = 6
-    monkeypatch.setattr(safetensors.torch, "serialize_file", interrupted)
+    monkeypatch.setattr(writing, "write_tensors", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run.go(At(3, send(number)))
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_without_checkpoints_signals_are_left_alone(number: int) -> None:

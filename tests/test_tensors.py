@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pairclip._tensors import MappedTensors, write_header, write_tensors
+from pairclip._files import MappedTensors, write_header, write_tensors
 
 DTYPES = [
     torch.float64,

@@ -20,8 +20,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from pairclip import _checks, _files
+from pairclip._files import MappedTensors, bytes_of, write_header
 from pairclip._randomness import random_state
-from pairclip._tensors import MappedTensors, bytes_of, write_header
 from pairclip.datasets import LabelledImages
 from pairclip.embedding import Pixels, pixel_batches
 from pairclip.towers import VisionTower

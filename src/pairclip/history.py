@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +40,60 @@ class History:
         return asdict(self)
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Write `to_dict` to a JSON file, whole or not at all; its folder must exist."""
-        _files.write_json(path, self.to_dict(), indent=1)
+        """Write `to_dict` to a JSON file with a checksum, whole or not at all.
+
+        Args:
+            path: The file; its folder must exist.
+
+        Raises:
+            OSError: If it can't be written.
+        """
+        _files.write_json(path, _files.sealed(self.to_dict()), indent=1)
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> History:
-        """Read what `to_json` wrote."""
-        return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+        """Read what `to_json` wrote.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The history.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is damaged, or holds something else.
+        """
+        path = Path(path)
+        read = _files.read_json(path)
+        if isinstance(read, dict) and "sha256" in read:  # the first files had none
+            _files.check_seal(read, path)
+            del read["sha256"]
+        problem = _problem_of(read)
+        if problem is not None:
+            raise ValueError(
+                f"`path` must be a file that `History.to_json` wrote, got '{path}': {problem}."
+            )
+        return cls(**read)
+
+
+def _problem_of(read: Any) -> str | None:
+    """Why what a file holds is no history, if it is none."""
+    if not isinstance(read, dict):
+        return f"it holds a {type(read).__name__}"
+    names = [each.name for each in fields(History)]
+    if list(read) != names:
+        return f"its fields are {', '.join(map(repr, read)) or 'none'}, not {', '.join(names)}"
+    for name in ("steps", "evaluations"):
+        for record in read[name] if isinstance(read[name], list) else [read[name]]:
+            if not (isinstance(record, dict) and type(record.get("step")) is int):
+                return f"`{name}` must be a list of records with a step"
+    for number, record in enumerate(read["steps"]):
+        for name, value in record.items():
+            if not (value is None or type(value) in (int, float)):
+                return f"`{name}` of record {number} in `steps` is {value!r}, no number"
+    if type(read["skipped_steps"]) is not int or read["skipped_steps"] < 0:
+        return f"`skipped_steps` is {read['skipped_steps']!r}, no count"
+    if not (read["stop_reason"] is None or isinstance(read["stop_reason"], str)):
+        return f"`stop_reason` is {read['stop_reason']!r}, no text"
+    return None

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
+import stat
 import warnings
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from pairclip import _files
-from pairclip._tensors import MappedTensors
 from pairclip.checkpoints.packing import unpack
 from pairclip.checkpoints.weights import copy_into
 from pairclip.towers import adapters
@@ -20,7 +23,8 @@ from pairclip.towers import adapters
 FORMAT = 1
 FILES = WEIGHTS, TENSORS, STATE = "weights.safetensors", "training.safetensors", "state.json"
 MANIFEST = "manifest.json"
-_NAME = re.compile(r"step-(\d{8,})")
+_NAME, _ASIDE = re.compile(r"step-(\d{8,})"), re.compile(r"\.step-(\d{8,})\.replaced")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -98,11 +102,9 @@ def newest_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint | None:
         >>> newest_checkpoint("a folder that is not there") is None
         True
     """
-    for step, folder in sorted(folders_in(directory), reverse=True):
-        checkpoint = _whole(step, folder)
-        if checkpoint is not None:
-            return checkpoint
-    return None
+    return _until_none_is_gone(
+        lambda: next((c for c in map(_whole, sorted(_listed(directory))[::-1]) if c), None)
+    )
 
 
 def best_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint | None:
@@ -125,8 +127,8 @@ def best_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint | None:
         >>> best_checkpoint("a folder that is not there") is None
         True
     """
-    whole = [_whole(step, folder) for step, folder in folders_in(directory)]
-    rated = [c for c in whole if c is not None and c.figure is not None]
+    whole = _until_none_is_gone(lambda: [c for c in map(_whole, _listed(directory)) if c])
+    rated = [c for c in whole if c.figure is not None]
     return max(rated, key=lambda c: (c.figure, c.step), default=None)
 
 
@@ -135,8 +137,19 @@ def folders_in(directory: str | os.PathLike[str]) -> list[tuple[int, Path]]:
     directory = Path(directory)
     if not directory.is_dir():
         return []
-    named = [(_NAME.fullmatch(path.name), path) for path in directory.iterdir()]
-    return [(int(match[1]), path) for match, path in named if match and path.is_dir()]
+    # Twice, since a list may lack what comes and what goes while it is made.
+    names, before = set(os.listdir(directory)), None
+    while names != before:
+        names, before = set(os.listdir(directory)), names
+    # One that a killed writer put aside counts until its successor has its name.
+    successors = {_files.put_aside(Path(name)).name for name in names if _NAME.fullmatch(name)}
+    matches = [
+        match
+        for name in names
+        if (match := _NAME.fullmatch(name) or _ASIDE.fullmatch(name)) and name not in successors
+    ]
+    folders = [(int(match[1]), directory / match[0]) for match in matches]
+    return [(step, folder) for step, folder in folders if stat.S_ISDIR(folder.stat().st_mode)]
 
 
 def manifest_of(step: int, folder: Path) -> dict[str, Any]:
@@ -144,32 +157,66 @@ def manifest_of(step: int, folder: Path) -> dict[str, Any]:
     manifest = _files.read_json(folder / MANIFEST)
     if not isinstance(manifest, dict):
         raise ValueError(f"{MANIFEST} is of type {type(manifest).__name__}")
-    _files.check_format(manifest.get("format"), FORMAT, f"Checkpoint '{folder}'")
     if manifest.get("sha256") != _files.checksum_of_fields(manifest):
         raise ValueError(f"{MANIFEST} does not have its checksum")
-    if manifest["step"] != step:
-        raise ValueError(f"its {MANIFEST} is of step {manifest['step']}")
+    _files.check_format(manifest.get("format"), FORMAT, f"Checkpoint '{folder}'")
+    if manifest.get("step") != step:
+        raise ValueError(f"its {MANIFEST} is of step {manifest.get('step')}")
+    files, figure = manifest.get("files"), manifest.get("figure", "missing")
+    for name in FILES:
+        entry = files.get(name) if isinstance(files, dict) else None
+        if not (isinstance(entry, dict) and {"size", "sha256"} <= set(entry)):
+            raise ValueError(f"{MANIFEST} tells nothing of {name}")
+    if not (figure is None or (type(figure) in (int, float) and math.isfinite(figure))):
+        raise ValueError(f"the figure in its {MANIFEST} is {figure!r}")
     return manifest
 
 
-def _whole(step: int, folder: Path) -> Checkpoint | None:
+def verified(step: int, folder: Path) -> Checkpoint:
+    """The checkpoint in a folder, if all of it is as it was written; else a ValueError."""
+    manifest = manifest_of(step, folder)
+    for name in FILES:
+        expected = manifest["files"][name]
+        size = (folder / name).stat().st_size
+        if size != expected["size"]:
+            raise ValueError(f"{name} has {size} bytes instead of {expected['size']}")
+        if _files.checksum(folder / name) != expected["sha256"]:
+            raise ValueError(f"{name} does not have its checksum")
+    return Checkpoint(folder, step, manifest["figure"])
+
+
+class _GoneError(Exception):
+    """A checkpoint that was listed has been removed, or written again, since."""
+
+
+def _until_none_is_gone(find: Callable[[], _T]) -> _T:
+    """Look again as long as a fit beside removes what was seen."""
+    while True:
+        with suppress(_GoneError):
+            return find()
+
+
+def _listed(directory: str | os.PathLike[str]) -> list[tuple[int, Path, int]]:
+    """Step and folder of what looks like a checkpoint, and the folder's number in the system."""
     try:
-        manifest = manifest_of(step, folder)
-        for name in FILES:
-            expected = manifest["files"][name]
-            size = (folder / name).stat().st_size
-            if size != expected["size"]:
-                raise ValueError(f"{name} has {size} bytes instead of {expected['size']}")
-            if _files.checksum(folder / name) != expected["sha256"]:
-                raise ValueError(f"{name} does not have its checksum")
-        return Checkpoint(folder, step, manifest["figure"])
-    except _files.NewerFormatError:
-        raise
-    except (OSError, ValueError) as error:
-        warnings.warn(f"Checkpoint '{folder}' is damaged, so passed over: {error}.", stacklevel=3)
+        return [(step, folder, folder.stat().st_ino) for step, folder in folders_in(directory)]
+    except FileNotFoundError:
+        raise _GoneError from None
+
+
+def _whole(listed: tuple[int, Path, int]) -> Checkpoint | None:
+    step, folder, number = listed
+    try:
+        return verified(step, folder)
+    except (OSError, ValueError, RecursionError) as error:
+        if not folder.exists() or folder.stat().st_ino != number:
+            raise _GoneError from error
+        if isinstance(error, _files.NewerFormatError):
+            raise
+        warnings.warn(f"Checkpoint '{folder}' is damaged, so passed over: {error}.", stacklevel=6)
         return None
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     # A copy of their own: memory that torch has allocated is aligned, and so computes alike.
-    return {name: tensor.clone() for name, tensor in MappedTensors(path).items()}
+    return {name: tensor.clone() for name, tensor in _files.MappedTensors(path).items()}

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from pairclip import _files
-from pairclip._tensors import write_tensors
+from pairclip._files import write_tensors
 from pairclip.checkpoints.checkpoint import (
     FILES,
     FORMAT,
@@ -22,9 +22,12 @@ from pairclip.checkpoints.checkpoint import (
     WEIGHTS,
     folders_in,
     manifest_of,
+    verified,
 )
 from pairclip.checkpoints.packing import pack
 
+# Folders that this process wrote or verified, and what their files were then.
+_WHOLE: dict[Path, list[tuple[int, int, int]]] = {}
 _UNFINISHED = r"\.step-\d{8,}\.[0-9a-f]{32}"
 _REPLACED = re.compile(r"\.(step-\d{8,})\.replaced")
 
@@ -69,6 +72,7 @@ def write_checkpoint(
         }
         manifest["sha256"] = _files.checksum_of_fields(manifest)
         (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    _WHOLE[final] = _state_of_files(final)
     try:
         remove_leftovers(directory)
         _prune(directory, step, keep)
@@ -95,19 +99,44 @@ def remove_leftovers(directory: Path) -> None:
 def _prune(directory: Path, step: int, keep: int) -> None:
     # Later ones than the step just written are damaged: they were passed over.
     folders = sorted((n, folder) for n, folder in folders_in(directory) if n <= step)[::-1]
-    kept = {folder for _, folder in folders[:keep]}
+    kept: list[Path] = []
+    for n, folder in folders:
+        if len(kept) < keep and _is_whole(n, folder):
+            kept.append(folder)
     rated = [(figure, n, folder) for n, folder in folders for figure in _figure(n, folder)]
-    if rated:
-        kept.add(max(rated)[2])
+    for _, n, folder in sorted(rated, reverse=True):
+        if _is_whole(n, folder):
+            kept.append(folder)
+            break
     for _, folder in folders:
         if folder not in kept:
             _files.remove_folder(folder)
+            _WHOLE.pop(folder, None)
+
+
+def _is_whole(step: int, folder: Path) -> bool:
+    """Whether a checkpoint is whole; of an error that says nothing of it, rather yes."""
+    try:
+        state = _state_of_files(folder)
+        if _WHOLE.get(folder) != state:
+            verified(step, folder)
+            _WHOLE[folder] = state
+        return True
+    except (FileNotFoundError, RecursionError):
+        return False
+    except ValueError as error:
+        return isinstance(error, _files.NewerFormatError)
+
+
+def _state_of_files(folder: Path) -> list[tuple[int, int, int]]:
+    stats = [(folder / name).stat() for name in (*FILES, MANIFEST)]
+    return [(status.st_ino, status.st_size, status.st_mtime_ns) for status in stats]
 
 
 def _figure(step: int, folder: Path) -> list[float]:
     """The figure of a checkpoint, if it has one."""
     try:
         figure = manifest_of(step, folder)["figure"]
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return []  # a damaged one is not the best
     return [] if figure is None else [figure]

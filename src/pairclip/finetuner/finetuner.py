@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -184,8 +185,9 @@ class Finetuner:
                 look at ``"mean_average_precision"``. With several processes, each calls it, and
                 the numbers of the first count.
             eval_every: Steps between evaluations; None evaluates after every epoch.
-            checkpoint_dir: Folder for checkpoints. With it, Ctrl-C and SIGTERM end the step,
-                write a checkpoint and then stop the program; a second Ctrl-C stops at once.
+            checkpoint_dir: Folder for checkpoints, which the file ``.lock`` in it keeps other fits
+                out of. With it, Ctrl-C and SIGTERM end the step, write a checkpoint and then stop
+                the program; a second Ctrl-C stops at once.
             checkpoint_every: Steps between checkpoints; None writes one after every epoch.
             keep_checkpoints: How many of the last checkpoints stay, beside the one with the best
                 mean average precision.
@@ -204,6 +206,7 @@ class Finetuner:
             FloatingPointError: If the loss, an embedding, a gradient or a weight isn't finite.
                 The first three are seen before they change a weight: the tower then has those
                 from before the step.
+            OSError: If `checkpoint_dir` can't be made, or another fit writes into it.
 
         Warns:
             UserWarning: If a checkpoint could not be written, or is damaged and passed over; or
@@ -247,7 +250,7 @@ class Finetuner:
         saver = None
         if checkpoint_dir is not None:
             saver = Saver(
-                Path(checkpoint_dir),
+                Path(checkpoint_dir).absolute(),
                 every=checkpoint_every or len(sampler),
                 keep=keep_checkpoints,
                 trainer=trainer,
@@ -280,7 +283,7 @@ class Finetuner:
             saver=saver,
             signals=signals,
         )
-        with trainer.training(), signals:
+        with trainer.training(), signals, saver or nullcontext():
             ended = loop.train(loader)
         if not ended or signals.caught is not None:
             signals.obey()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
-from pairclip._tensors import bytes_of
+from pairclip._files import bytes_of
 from pairclip.callbacks import Callback
 from pairclip.checkpoints import trained_tensors
 from pairclip.finetuner.batches import BatchSampler, ItemKey, TrainingItems

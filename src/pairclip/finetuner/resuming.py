@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
+from pairclip import _files
 from pairclip.callbacks import Callback, FitState
 from pairclip.checkpoints import (
     Checkpoint,
@@ -45,18 +47,39 @@ class Saver:
         self.fit = fit
         self.callbacks = callbacks
         self.identity = dict(identity)
+        self._lock = ExitStack()
+
+    def __enter__(self) -> None:
+        """Keep the lock that `resume` took."""
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
 
     def resume(self, *, wanted: bool) -> None:
-        """Put everything where the newest whole checkpoint left it.
+        """Lock the folder, and put everything where the newest whole checkpoint left it.
 
         Raises:
             ValueError: If there are checkpoints and none is `wanted`, or the newest is of another
                 model, dataset or configuration.
-            OSError: If the folder can't be made.
+            OSError: If the folder can't be made, or another fit writes into it.
         """
-        if self.trainer.accelerator.is_main_process:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(self.directory)
+        try:
+            if self.trainer.accelerator.is_main_process:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                self._lock.enter_context(
+                    _files.locked(
+                        self.directory,
+                        "is the `checkpoint_dir` of another fit that goes on. Wait for its end, or "
+                        "choose another folder.",
+                    )
+                )
+                remove_leftovers(self.directory)
+            self._resume(wanted=wanted)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def _resume(self, *, wanted: bool) -> None:
         checkpoint = self._newest()
         if checkpoint is None:
             return

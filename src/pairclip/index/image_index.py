@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from pairclip import _checks
-from pairclip._tensors import MappedTensors
+from pairclip._files import MappedTensors
 from pairclip._vectors import unit_rows
 from pairclip.datasets import LabelledImages
 from pairclip.embedding import are_images, embed_images

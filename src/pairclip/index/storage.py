@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pairclip import _files
-from pairclip._tensors import MappedTensors, write_tensors
+from pairclip._files import MappedTensors, write_tensors
 
 HEADER = "image_index.json"
 _FORMAT, _VERSION = "pairclip.ImageIndex", 1

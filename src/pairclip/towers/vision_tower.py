@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from pairclip._tensors import bytes_of
+from pairclip._files import bytes_of
 from pairclip.towers import adapters, freezing
 from pairclip.towers.body import Body
 from pairclip.towers.modes import evaluating

@@ -17,6 +17,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from pairclip._files.contents import check_is_file
+
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -81,6 +83,7 @@ class MappedTensors(Mapping[str, Tensor]):
     """
 
     def __init__(self, path: Path) -> None:
+        check_is_file(path)
         with path.open("rb") as file:
             try:
                 layout, start = _layout(file, path.stat().st_size)

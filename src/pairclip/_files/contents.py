@@ -1,0 +1,88 @@
+"""What files hold: JSON, checksums, and the number of a format."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def read_json(path: Path) -> Any:
+    """What a file of JSON holds.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is no file, or holds something else.
+    """
+    check_is_file(path)
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"'{path}' is damaged: it is not valid JSON ({error}).") from error
+
+
+def check_is_file(path: Path) -> None:
+    """Raise if there is nothing, or what has no end: a pipe, a device, or a link to one."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(f"'{path}' is damaged: it is not a file.")
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    check_is_file(path)
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def checksum_of_fields(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a JSON object but for its field ``sha256``, however it is laid out."""
+    fields = {name: value for name, value in content.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with its checksum in the field ``sha256``."""
+    return {**content, "sha256": checksum_of_fields(content)}
+
+
+def check_seal(content: Mapping[str, Any], path: Path) -> None:
+    """Raise if a JSON object that was read from `path` does not have its checksum."""
+    if content.get("sha256") != checksum_of_fields(content):
+        raise ValueError(f"'{path}' is damaged: its checksum differs.")
+
+
+class NewerFormatError(ValueError):
+    """A file that a later version of pairclip wrote."""
+
+
+def check_format(found: object, newest: int, what: str) -> None:
+    """Raise a `NewerFormatError` if `what` is of a later format than this version reads."""
+    if isinstance(found, int) and found > newest:
+        raise NewerFormatError(
+            f"{what} has format {found}, and this version of pairclip reads up to {newest}. "
+            "Update pairclip."
+        )
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, dicts and arrays as JSON has them; None where a metric is NaN."""
+    if dataclasses.is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, dict):
+        return {key: plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
+    if isinstance(value, np.ndarray):
+        missing = np.isnan(value)
+        return (np.where(missing, np.array(None), value) if missing.any() else value).tolist()
+    return None if isinstance(value, float) and math.isnan(value) else value
