@@ -14,7 +14,8 @@ pytorch-metric-learning (PML) is its ContrastiveLoss with cosine similarity as i
 has its cheapest reduction, whose gradient is pairclip's but for a factor. It has no squared form,
 so that form is compared with the faster of its other two. sentence-transformers'
 OnlineContrastiveLoss takes a list of pairs and builds none: it gets the batch as B / 2 pairs, half
-of them matching, and so does far less than the others.
+of them matching, and so does far less than the others. "targets" is the loss on targets, K being D,
+which only plain PyTorch has too.
 """
 
 from __future__ import annotations
@@ -35,7 +36,13 @@ if TYPE_CHECKING:
 FORMS = ("linear", "squared", "hinge")
 NORMALIZE = "F.normalize"
 ONLINE = "sentence-transformers online"
-PML_FORMS = {"linear": ("linear",), "squared": ("linear", "hinge"), "hinge": ("hinge",)}
+TARGETS = "targets"
+PML_FORMS = {
+    "linear": ("linear",),
+    "squared": ("linear", "hinge"),
+    "hinge": ("hinge",),
+    TARGETS: (),
+}
 
 # With a fixed threshold every large tensor is a mapping of its own, gone when it is freed.
 _RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -46,7 +53,8 @@ _QUICK_SECONDS, _SLOW_SECONDS, _MANY = 0.5, 5.0, 7
 
 def contenders() -> list[str]:
     pml = [f"{kind} {form}" for kind in ("PML", "PML-sum") for form in ("linear", "hinge")]
-    ours, plain = [f"pairclip {form}" for form in FORMS], [f"plain {form}" for form in FORMS]
+    forms = (*FORMS, TARGETS)
+    ours, plain = ([f"{kind} {form}" for form in forms] for kind in ("pairclip", "plain"))
     return [*ours, *pml, *plain, ONLINE, NORMALIZE]
 
 
@@ -60,6 +68,10 @@ def build(contender: str, embeddings: Tensor, labels: Tensor) -> Step:
     losses = {"pairclip": ours.loss, "PML": pml.loss, "PML-sum": pml.loss_of_sums}
     losses["plain"] = bare.loss
     leaf = embeddings.requires_grad_()
+    if form == TARGETS:
+        target_loss = {"pairclip": ours.target_loss, "plain": bare.target_loss}[kind]()
+        targets = embeddings.detach().flip(0).contiguous()
+        return backward_of(lambda: target_loss(leaf, targets), leaf)
     loss = losses[kind](form)
     return backward_of(lambda: loss(leaf, labels), leaf)
 
@@ -197,7 +209,7 @@ def peers_of(results: Results, contender: str, rows: int, classes: int) -> list[
         return ["", "", ""]
     seconds = results.seconds(contender, rows, classes)
     peers = [
-        (f"PML {PML_FORMS[form][0]}", results.pml_seconds(form, rows, classes)),
+        (f"PML {next(iter(PML_FORMS[form]), '')}", results.pml_seconds(form, rows, classes)),
         (ONLINE, results.seconds(ONLINE, rows, classes)),
         (f"plain {form}", results.seconds(f"plain {form}", rows, classes)),
     ]
@@ -238,6 +250,18 @@ def criteria_of(results: Results) -> list[Criterion]:
             _bench.ratio(
                 results.seconds("pairclip linear", 8192, 10), results.seconds(NORMALIZE, 8192, 10)
             ),
+        ),
+        Criterion(
+            "targets, B = 8192: plain takes x",
+            10,
+            _bench.ratio(
+                results.seconds("plain targets", 8192, 10),
+                results.seconds("pairclip targets", 8192, 10),
+            ),
+            at_least=True,
+        ),
+        Criterion(
+            "targets, B = 8192: memory x input", 8, results.multiples("pairclip targets", 8192, 10)
         ),
         *(
             Criterion(f"{form}, B = 128: PML takes x", 1, gain(form, 128), at_least=True)

@@ -22,7 +22,7 @@ TINY = {
     "finetuner": "--only tiny --rounds 1 --batch 8 --contenders pairclip bare",
     "index": "--rows 2000 --width 16 --queries 2 --folder {folder}",
     "losses": "--batches 32 --classes 4 --width 8 --memory-from 32 --only 'pairclip squared' "
-    "'PML hinge' 'plain linear' F.normalize",
+    "'pairclip targets' 'PML hinge' 'plain linear' F.normalize",
     "quality": "--steps 1 --rates 1e-4 --seeds 0 --blends 0.5 1 --methods squared 'PML NTXent' "
     "'PML ArcFace' --results {folder}/quality.jsonl --picture {folder}/quality.png",
     "resume": "--runs 1 --kills 1",

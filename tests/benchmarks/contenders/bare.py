@@ -31,6 +31,17 @@ def loss(form: str) -> Callable[[Tensor, Tensor], Tensor]:
     return loss
 
 
+def target_loss() -> Callable[[Tensor, Tensor], Tensor]:
+    import torch.nn.functional as F
+
+    def loss(embeddings: Tensor, targets: Tensor) -> Tensor:
+        z, u = F.normalize(embeddings), F.normalize(targets)
+        squares = (z @ z.T - u @ u.T).square()
+        return squares.triu(1).sum() / (len(targets) * (len(targets) - 1) / 2)
+
+    return loss
+
+
 def normalize(embeddings: Tensor) -> Step:
     import torch
     import torch.nn.functional as F

@@ -31,6 +31,12 @@ def loss(form: str) -> Callable[[Tensor, Tensor], Tensor]:
     return AllPairsCosineLoss(negatives=form, margin=MARGIN if form == "hinge" else 0.0)
 
 
+def target_loss() -> Callable[[Tensor, Tensor], Tensor]:
+    from pairclip import target_similarity_loss
+
+    return target_similarity_loss
+
+
 def pair_sampler(class_balanced: bool = False) -> Factory:
     from pairclip import PairSampler
 
