@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "pairclip"
 
 # The ground that several rooms stand on, then the rooms: each imports only from those before it.
-GROUND = ["_version", "_checks", "_vectors", "_randomness", "_files"]
+GROUND = ["_version", "_checks", "_vectors", "_randomness", "_files", "_progress"]
 NUMERICAL = ["losses", "samplers", "similarity", "retrieval"]
 ORDER = [
     *GROUND,

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from pairclip import _checks
+from pairclip._progress import progress
 from pairclip.datasets import LabelledImages
 from pairclip.towers import VisionTower
 from pairclip.towers.modes import evaluating
@@ -72,7 +72,7 @@ def embed(
     device = next((p.device for p in tower.parameters()), torch.device("cpu"))
     embeddings = []
     with torch.inference_mode(), evaluating(tower):
-        for batch in tqdm(loader, desc="Embedding", unit="batch", leave=False, disable=None):
+        for batch in progress(loader, desc="Embedding", unit="batch", leave=False):
             embeddings.append(tower(batch.to(device)).float().cpu())
     result = torch.cat(embeddings).clone()
     _checks.check_finite("embeddings", result)

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from pairclip import _checks, _files
 from pairclip._files import MappedTensors, bytes_of, write_header
+from pairclip._progress import progress
 from pairclip._randomness import random_state
 from pairclip.datasets import LabelledImages
 from pairclip.embedding import Pixels, pixel_batches
@@ -238,7 +238,7 @@ def _features(trunk: Trunk, batches: Iterable[Tensor], dtype: torch.dtype) -> It
 
 def _write(path: Path, batches: Iterable[Tensor], labels: Tensor, metadata: dict[str, str]) -> None:
     """Write the file batch by batch."""
-    bar = tqdm(total=len(labels), desc="Caching features", unit="image", disable=None)
+    bar = progress(total=len(labels), desc="Caching features", unit="image")
     try:
         with _files.whole_file(path) as file, bar:
             for position, features in enumerate(batches):

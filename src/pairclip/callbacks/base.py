@@ -86,18 +86,22 @@ class Callback(Protocol):
 
     def on_fit_start(self, fit: FitState) -> None:
         """Called before the first step; when a fit resumes, after `load_state_dict`."""
+        return None
 
     def on_step(self, fit: FitState) -> None:
         """Called after each step; the gradients of the parameters are gone by then."""
+        return None
 
     def on_evaluation(self, fit: FitState) -> None:
         """Called after each evaluation, with the weights that were evaluated."""
+        return None
 
     def on_fit_end(self, fit: FitState) -> None:
         """Called after the last step, with the weights that the tower is left with.
 
         It is not called after an error or an interruption.
         """
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: tensors, numbers, strings, lists, tuples and dicts."""
@@ -105,6 +109,7 @@ class Callback(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what `state_dict` gave."""
+        return None
 
 
 def check_callbacks(callbacks: Iterable[Callback]) -> list[Callback]:

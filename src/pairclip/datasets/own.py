@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 from torch.utils.data import IterableDataset, TensorDataset
-from tqdm import tqdm
 
+from pairclip._progress import progress
 from pairclip._randomness import random_state_kept
 from pairclip.datasets.labels import ids_and_names
 from pairclip.datasets.source import LabelsDiffer, Source
@@ -48,7 +48,7 @@ class OwnSource(Source):
         with random_state_kept():
             return [
                 _item(dataset, index)[1]
-                for index in tqdm(range(len(dataset)), desc="Reading labels", disable=None)
+                for index in progress(range(len(dataset)), desc="Reading labels", unit="image")
             ]
 
     def image(self, index: int) -> Any:

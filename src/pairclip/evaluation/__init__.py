@@ -4,5 +4,15 @@ from pairclip.evaluation.comparison import Change
 from pairclip.evaluation.evaluating import evaluate, evaluate_embeddings
 from pairclip.evaluation.histogram import PairHistogram
 from pairclip.evaluation.result import Evaluation
+from pairclip.evaluation.suspects import Suspicion, near_duplicates, suspect_labels
 
-__all__ = ["Change", "Evaluation", "PairHistogram", "evaluate", "evaluate_embeddings"]
+__all__ = [
+    "Change",
+    "Evaluation",
+    "PairHistogram",
+    "Suspicion",
+    "evaluate",
+    "evaluate_embeddings",
+    "near_duplicates",
+    "suspect_labels",
+]

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
-from tqdm import tqdm
 
 from pairclip import _files
+from pairclip._progress import progress
 from pairclip._randomness import Stream, random_state_kept, seed_all
 from pairclip.callbacks import Callback, FitState
 from pairclip.finetuner.resuming import Saver
@@ -65,7 +65,7 @@ class Loop:
         self._agree()
         if fit.step:
             self._settle(resumed=True)
-        bar = tqdm(
+        bar = progress(
             total=fit.num_steps,
             initial=fit.step,
             desc="Fine-tuning",

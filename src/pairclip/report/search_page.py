@@ -1,10 +1,12 @@
-"""The page that answers a query image."""
+"""The page that answers query images."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
 
 from PIL import Image
 
@@ -15,11 +17,30 @@ from pairclip.report.thumbnails import data_uri
 _SIDE = 192
 
 
+class Result(NamedTuple):
+    """An image that was found: how it looks, what is written below it, and its file."""
+
+    image: Image.Image
+    caption: str
+    score: float
+    path: str | None = None
+
+
+class Search(NamedTuple):
+    """A query image and what was found for it, best first."""
+
+    query: Image.Image
+    results: Sequence[Result]
+    path: str | None = None
+
+
 def write_search_report(
     folder: str | os.PathLike[str],
     query: Image.Image,
     results: Sequence[tuple[Image.Image, str, float]],
     *,
+    query_path: str | os.PathLike[str] | None = None,
+    paths: Sequence[str | os.PathLike[str] | None] | None = None,
     title: str = "Image search",
     note: str | None = None,
 ) -> Path:
@@ -29,11 +50,16 @@ def write_search_report(
         folder: Where ``search.html`` is written; made if it isn't there.
         query: The image that was searched for.
         results: What was found, best first: image, caption and score of each.
+        query_path: File of the query, shown and linked.
+        paths: File of each result, linked from its picture; None or a missing list links nothing.
         title: Heading of the page.
-        note: A sentence below it.
+        note: A sentence below it, on the tower and the collection, for instance.
 
     Returns:
         Path of the page.
+
+    Raises:
+        ValueError: If there is not one path per result.
 
     Example:
         >>> import tempfile
@@ -45,25 +71,66 @@ def write_search_report(
         ...     page.stat().st_size < 30_000
         True
     """
-    found = [
-        element(
-            "li",
-            element("figure", _picture(image, caption), _caption(caption, score)),
+    if paths is not None and len(paths) != len(results):
+        raise ValueError(
+            f"`paths` must have one path per result, got {len(paths)} for {len(results)}."
         )
-        for image, caption, score in results
-    ]
-    content = [
-        section("Searched for", _picture(query, "the query image")),
-        section("Found", element("ol", *found, class_="results"), intro=_intro(len(found))),
-    ]
+    files = [None] * len(results) if paths is None else list(map(_text, paths))
+    found = [Result(*result, path) for result, path in zip(results, files, strict=True)]
+    return write_searches(folder, [Search(query, found, _text(query_path))], title=title, note=note)
+
+
+def write_searches(
+    folder: str | os.PathLike[str],
+    searches: Sequence[Search],
+    *,
+    title: str = "Image search",
+    note: str | None = None,
+) -> Path:
+    """Write several queries and what was found for each as ``search.html``."""
     path = Path(folder) / "search.html"
     path.parent.mkdir(parents=True, exist_ok=True)
+    content = [part for search in searches for part in _parts(search, path.parent.resolve())]
     _files.write_text(path, page(title, *content, note=note))
     return path
 
 
-def _intro(count: int) -> str:
-    return f"{count:,} images, most similar first, with their cosine." if count else "Nothing."
+def _text(path: str | os.PathLike[str] | None) -> str | None:
+    return None if path is None else os.fspath(path)
+
+
+def _parts(search: Search, folder: Path) -> tuple[Html, Html]:
+    count = len(search.results)
+    intro = f"{count:,} images, most similar first, with their cosine." if count else "Nothing."
+    found = [
+        element(
+            "li",
+            element(
+                "figure",
+                _linked(_picture(result.image, result.caption), result.path, folder),
+                _caption(result.caption, result.score),
+            ),
+        )
+        for result in search.results
+    ]
+    query = _linked(_picture(search.query, "the query image"), search.path, folder)
+    where = None if search.path is None else element("p", search.path, class_="intro")
+    return (
+        section("Searched for", element("figure", query, class_="searched"), where),
+        section("Found", element("ol", *found, class_="results"), intro=intro),
+    )
+
+
+def _linked(picture: Html, path: str | None, folder: Path) -> Html:
+    """The picture as a link to its file, relative to the page, so that both can move together."""
+    if path is None:
+        return picture
+    try:
+        target = os.path.relpath(Path(path).resolve(), folder)
+    except ValueError:  # another drive
+        return element("a", picture, href=Path(path).resolve().as_uri())
+    address = "/".join(quote(os.fsencode(part), safe="") for part in Path(target).parts)
+    return element("a", picture, href=address)
 
 
 def _picture(image: Image.Image, text: str) -> Html:

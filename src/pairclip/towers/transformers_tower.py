@@ -154,6 +154,10 @@ class TransformersTower(VisionTower):
                 # One file, since an old `model.safetensors` is preferred to new shards beside it.
                 model.save_pretrained(unfinished, state_dict=weights, max_shard_size="1000GB")
             self.image_processor.save_pretrained(unfinished)
+            # safetensors leaves a file that only its owner can read
+            mode = (unfinished / "config.json").stat().st_mode
+            for file in unfinished.glob("*.safetensors"):
+                file.chmod(mode)
             if folder.exists():
                 for file in unfinished.iterdir():
                     os.replace(file, folder / file.name)

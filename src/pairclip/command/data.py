@@ -1,0 +1,224 @@
+"""The images that a command line names, opened, with words for each thing that goes wrong."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import pairclip
+from pairclip.command.arguments import DATA_HELP
+
+_TABLES = (".csv", ".tsv", ".parquet", ".jsonl", ".ndjson")
+_ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
+_HELD_OUT = ("test", "val", "valid", "validation")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images to train on and to evaluate on.
+
+    Attributes:
+        train: The former.
+        test: The latter.
+        held_out: Of classes that are not trained on, or None.
+        said: How they came to be, for a person.
+    """
+
+    train: Any
+    test: Any
+    held_out: Any
+    said: str
+
+
+def open_images(name: str, path: Path, args: argparse.Namespace) -> pairclip.LabelledImages:
+    """A labelled dataset.
+
+    Args:
+        name: What the path is called on the command line.
+        path: A folder of class folders, or a table.
+        args: With the columns of a table.
+
+    Returns:
+        The images.
+
+    Raises:
+        ValueError: If it is something else, in words on what to do about it.
+        FileNotFoundError: If there is nothing.
+    """
+    _check(name, path)
+    if path.is_file():
+        return pairclip.LabelledImages(_table(path, args))
+    parts = _parts(path)
+    if parts:
+        raise ValueError(
+            f"{name} '{path}' has {' and '.join(parts)}: give one of them, '{path / parts[0]}' "
+            "for instance."
+        )
+    _check_classes(name, path)
+    return pairclip.LabelledImages(str(path))
+
+
+def open_split(name: str, path: Path, args: argparse.Namespace) -> Split:
+    """A dataset in two parts: its own train and test, or a random share of each class held out."""
+    _check(name, path)
+    parts = open_parts(name, path, args)
+    names = list(parts)
+    if names[0] == "train" and len(names) > 1:
+        said = f"trained on {names[0]}, evaluated on {names[1]}"
+        said += "".join(f"; {part} is not used" for part in names[2:])
+        return divide(parts["train"], parts[names[1]], said, args)
+    if len(names) > 1:
+        raise ValueError(f"{name} '{path}' has {' and '.join(names)}, but no train to train on.")
+    return divide(*_random_parts(parts[names[0]], args), args)
+
+
+def open_parts(
+    name: str, path: Path, args: argparse.Namespace
+) -> dict[str, pairclip.LabelledImages]:
+    """All images by the name of their part, undivided where there are no parts."""
+    _check(name, path)
+    if path.is_file():
+        tables = _table_parts(path, args)
+        if tables:
+            return {part: pairclip.LabelledImages(table) for part, table in tables.items()}
+        return {"all": open_images(name, path, args)}
+    parts = _parts(path)
+    if not parts:
+        return {"all": open_images(name, path, args)}
+    return {part: open_images(name, path / part, args) for part in parts}
+
+
+def divide(train: Any, test: Any, said: str, args: argparse.Namespace) -> Split:
+    """Take out the held-out classes, and as many images of each class as were asked for."""
+    wanted = [name for name in (args.hold_out_classes or "").split(",") if name]
+    train, test = pairclip.LabelledImages(train), pairclip.LabelledImages(test)
+    if unknown := sorted(set(wanted) - {*(train.class_names or []), *(test.class_names or [])}):
+        raise ValueError(
+            f"--hold-out-classes has {unknown}; the classes are {_some(train.class_names or [])}."
+        )
+    trained = [name for name in train.class_names or [] if name not in wanted]
+    if train.class_names and not trained:
+        raise ValueError("--hold-out-classes leaves no class to train on.")
+    return Split(
+        train=_some_of(train, wanted, False, args.train_per_class, args.seed),
+        test=_some_of(test, wanted, False, args.test_per_class, args.seed),
+        held_out=_some_of(test, wanted, True, args.test_per_class, args.seed) if wanted else None,
+        said=said,
+    )
+
+
+def fingerprint(dataset: Any) -> str:
+    """A checksum of what a dataset has: names or bytes of its images, and their classes."""
+    images = pairclip.LabelledImages(dataset)
+    digest = hashlib.sha256(images.labels.numpy().tobytes())
+    digest.update(repr(images.class_names).encode("utf-8", "surrogatepass"))
+    for index in range(len(images)):
+        path = images.source.path(index)
+        if path is None:
+            return f"{digest.hexdigest()[:16]} (labels alone)"
+        size = os.stat(path).st_size if os.path.exists(path) else 0
+        digest.update(f"{path}\0{size}\0".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()[:16]
+
+
+def _check(name: str, path: Path) -> None:
+    if not path.exists():
+        raise FileNotFoundError(f"{name} '{path}' does not exist. Give {DATA_HELP}.")
+    if path.is_dir():
+        return
+    if path.suffix.lower() in _ARCHIVES:
+        raise ValueError(f"{name} '{path}' is an archive. Unpack it, and give the folder.")
+    if path.suffix.lower() not in _TABLES:
+        raise ValueError(f"{name} '{path}' is neither a folder nor a table. Give {DATA_HELP}.")
+
+
+def _parts(folder: Path) -> list[str]:
+    """Names of the splits that a folder has, train first."""
+    return [part for part in ("train", *_HELD_OUT) if (folder / part).is_dir()]
+
+
+def _check_classes(name: str, folder: Path) -> None:
+    """Raise where there are no class folders: images lie flat, or there are none."""
+    from pairclip.datasets import image_files
+
+    entries = [entry for entry in sorted(folder.iterdir()) if not entry.name.startswith((".", "_"))]
+    if any(entry.is_dir() for entry in entries):
+        return
+    if count := len(image_files(folder)):
+        raise ValueError(
+            f"{name} '{folder}' has {count:,} images but no subfolders, so nothing says their "
+            "classes. Move the images of each class into a folder of its own, or give a CSV file "
+            "with the columns image and label."
+        )
+    raise ValueError(f"{name} '{folder}' has no images. Give {DATA_HELP}.")
+
+
+def _table(path: Path, args: argparse.Namespace, split: str | None = None) -> Any:
+    return pairclip.TableDataset(
+        path, image=args.image_column, label=args.label_column, root=args.root, split=split
+    )
+
+
+def _table_parts(path: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Rows of each part, train first, of a table that has a column `split`."""
+    parts = {}
+    for part in ("train", *_HELD_OUT):
+        # A table without that part, or without the column, is opened as a whole below.
+        with suppress(ValueError):
+            parts[part] = _table(path, args, part)
+    return parts
+
+
+def _random_parts(
+    images: pairclip.LabelledImages, args: argparse.Namespace
+) -> tuple[Any, Any, str]:
+    """Hold out --test-fraction of each class."""
+    labels = images.labels.numpy()
+    generator = np.random.default_rng(args.seed)
+    train, test = [], []
+    for label in np.unique(labels):
+        rows = generator.permutation(np.flatnonzero(labels == label))
+        # A class of one image can't be searched for, so it is trained on.
+        count = min(max(1, round(args.test_fraction * len(rows))), len(rows) - 1)
+        test.append(rows[:count])
+        train.append(rows[count:])
+    said = f"{args.test_fraction:.0%} of each class held out at random (seed {args.seed})"
+    train_rows, test_rows = (np.sort(np.concatenate(each)).tolist() for each in (train, test))
+    if not test_rows:
+        raise ValueError("Each class has one image alone, so none can be held out to evaluate on.")
+    return _subset(images, train_rows), _subset(images, test_rows), said
+
+
+def _some_of(
+    images: pairclip.LabelledImages, names: list[str], among: bool, per_class: int | None, seed: int
+) -> Any:
+    """A random subset of the classes among these names, or not among them, in order."""
+    labels = images.labels.numpy()
+    named = {label for label, name in enumerate(images.class_names or []) if name in names}
+    shuffled = np.random.default_rng(seed).permutation(len(labels))
+    chosen = [
+        shuffled[labels[shuffled] == label][:per_class]
+        for label in np.unique(labels).tolist()
+        if (label in named) == among
+    ]
+    if not chosen:
+        raise ValueError("--hold-out-classes leaves no class to evaluate on.")
+    return _subset(images, np.sort(np.concatenate(chosen)).tolist())
+
+
+def _subset(images: pairclip.LabelledImages, rows: list[int]) -> Any:
+    from torch.utils.data import Subset
+
+    return Subset(images, rows)
+
+
+def _some(names: list[str], most: int = 20) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"

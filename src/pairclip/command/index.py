@@ -1,0 +1,137 @@
+"""Embed the images of a folder, once, so that `pairclip search` finds the most similar ones."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pairclip
+from pairclip.command import outputs
+from pairclip.command.arguments import add_json, add_loading, add_model
+from pairclip.command.models import load_model
+
+CONTENTS = "contents.json"
+_SHOWN_PROBLEMS = 10
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what this subcommand takes."""
+    add_model(parser, "model", "the tower", metavar="MODEL")
+    parser.add_argument(
+        "folder", metavar="FOLDER", type=Path, help="images to search, in folders of any layout"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="INDEX",
+        help="folder for the index; one that is there is used where nothing has changed, else "
+        "replaced",
+    )
+    add_loading(parser)
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do what the arguments say."""
+    file = sys.stderr if args.json else sys.stdout
+    if args.output.exists() and not args.output.is_dir():
+        raise ValueError(f"--output '{args.output}' is a file. Give a folder for the index.")
+    files = image_files("FOLDER", args.folder, file)
+    tower = load_model("MODEL", args.model)
+    index = index_of(files, tower, str(args.model), args.output, args, file)
+    print(f"{len(index):,} images are in the index {args.output}.", file=file)
+    if args.json:
+        left_out = read_contents(args.output)["unreadable"]
+        print(json.dumps({"index": str(args.output), "images": len(index), "unreadable": left_out}))
+
+
+def image_files(name: str, folder: Path, file: Any) -> dict[str, list[int]]:
+    """Size and time of change of each image in a folder, however deep."""
+    from pairclip.datasets import image_files as files_of
+
+    if not folder.exists():
+        raise FileNotFoundError(f"{name} '{folder}' does not exist.")
+    if not folder.is_dir():
+        raise ValueError(f"{name} '{folder}' is a file. Give a folder of images.")
+    paths = files_of(folder.resolve())
+    if not paths:
+        raise ValueError(f"{name} '{folder}' has no images.")
+    print(f"{len(paths):,} images in {folder}.", file=file)
+    stats = [(path, Path(path).stat()) for path in paths]
+    return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats}
+
+
+def index_of(
+    files: dict[str, list[int]],
+    tower: pairclip.VisionTower,
+    model: str,
+    saved: Path,
+    args: argparse.Namespace,
+    file: Any,
+) -> pairclip.ImageIndex:
+    """The saved index where files and tower are as they were, else a new one, saved."""
+    if (saved / CONTENTS).is_file():
+        try:
+            index = pairclip.ImageIndex.load(saved, tower)
+            before = read_contents(saved)
+            if before["files"] != files:
+                raise ValueError("The images are not those that were indexed.")
+            print("Nothing has changed since they were indexed.", file=file)
+            _say_unreadable(before["unreadable"], file)
+            return index
+        except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+            print(f"Indexing anew, since the saved index can't be used. {error}", file=file)
+        (saved / CONTENTS).unlink()
+    unreadable = problems_of(list(files))
+    _say_unreadable(unreadable, file)
+    readable = [path for path in files if path not in unreadable]
+    if not readable:
+        raise ValueError("None of the images can be read.")
+    index = pairclip.ImageIndex.build(
+        tower, readable, batch_size=args.embed_batch_size, num_workers=args.num_workers
+    )
+    index.save(saved)
+    # Last, so that it never tells of an index that is not there.
+    contents = {"model": model, "files": files, "unreadable": unreadable}
+    outputs.write_json(saved / CONTENTS, contents)
+    return index
+
+
+def read_contents(saved: Path) -> dict[str, Any]:
+    """What the index was made of."""
+    contents = json.loads((saved / CONTENTS).read_text(encoding="utf-8"))
+    if not isinstance(contents, dict):
+        raise ValueError(f"'{saved / CONTENTS}' is damaged.")
+    return contents
+
+
+def problems_of(paths: list[str]) -> dict[str, str]:
+    """What is wrong with each image that can't be read."""
+    images = pairclip.LabelledImages((paths, [0] * len(paths)))
+
+    def problem_of(number: int) -> str | None:
+        try:
+            _ = images[number]
+        except ValueError as error:
+            return str(error.__cause__ or error)
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        problems = pool.map(problem_of, range(len(paths)))
+        return {path: problem for path, problem in zip(paths, problems, strict=True) if problem}
+
+
+def _say_unreadable(problems: dict[str, str], file: Any) -> None:
+    """Name the images that are left out."""
+    if problems:
+        print(f"LEFT OUT: {len(problems):,} images can't be read.", file=file)
+    for path, problem in list(problems.items())[:_SHOWN_PROBLEMS]:
+        print(f"  {path!r}: {problem}", file=file)
+    if len(problems) > _SHOWN_PROBLEMS:
+        more = len(problems) - _SHOWN_PROBLEMS
+        print(f"  and {more:,} more, listed in {CONTENTS} of the index", file=file)

@@ -1,0 +1,98 @@
+"""What all subcommands share: the parser, exit codes, and errors in one line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pairclip
+from pairclip._progress import plain_lines
+from pairclip.command import check, evaluate, index, search, tune
+from pairclip.command.arguments import HelpFormatter
+
+_SUBCOMMANDS = (check, tune, evaluate, index, search)
+_FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: Those of the command line; None takes the program's own.
+
+    Returns:
+        The exit code: 0, 1 if it failed, or 130 after Ctrl-C. Wrong usage exits with 2.
+
+    Example:
+        >>> from pairclip.command import main
+        >>> main(["index", "no-such-folder", "photos", "--output", "index"])
+        1
+    """
+    args = parser().parse_args(arguments)
+    return obey(args.run, args)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command."""
+    whole = argparse.ArgumentParser(
+        prog="pairclip",
+        description="Fine-tune the image tower of a CLIP model on your labelled images, and search "
+        "with it.",
+        epilog="pairclip SUBCOMMAND --help says what each takes.",
+    )
+    whole.add_argument("--version", action="version", version=f"pairclip {pairclip.__version__}")
+    parts = whole.add_subparsers(metavar="SUBCOMMAND", required=True)
+    for module in _SUBCOMMANDS:
+        name = module.__name__.rpartition(".")[2]
+        description = " ".join((module.__doc__ or "").split())
+        part = parts.add_parser(
+            name, help=description, description=description, formatter_class=HelpFormatter
+        )
+        module.add_arguments(part)
+        part.set_defaults(run=module.run, subcommand=name)
+    return whole
+
+
+def obey(run: Callable[[Any], None], args: argparse.Namespace) -> int:
+    """Run with these arguments, in words that fit a command line.
+
+    Args:
+        run: What to do.
+        args: Handed to it.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        with warnings.catch_warnings(), plain_lines():
+            warnings.showwarning = _show_warning
+            run(args)
+            sys.stdout.flush()
+    except KeyboardInterrupt as error:
+        print(f"\nInterrupted.{_more(error)}", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # The reader had enough; Python would complain again when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return _FAILED
+    return 0
+
+
+def _more(error: BaseException) -> str:
+    return f" {error}" if str(error) else ""
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text or type(error).__name__
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)

@@ -1,0 +1,119 @@
+"""Find the images of an index that are most similar to one or several images."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pairclip
+from pairclip.command.arguments import add_json, add_model, number, whole_number
+from pairclip.command.index import CONTENTS, read_contents
+from pairclip.command.models import load_model
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what this subcommand takes."""
+    parser.add_argument("index", metavar="INDEX", type=Path, help="what `pairclip index` wrote")
+    parser.add_argument(
+        "queries", metavar="QUERY", type=Path, nargs="+", help="images to search with"
+    )
+    parser.add_argument("-k", type=whole_number(1), default=12, metavar="N", help="images to find")
+    parser.add_argument(
+        "--min-score",
+        type=number(-1, 1, ends=True),
+        metavar="COSINE",
+        help="leave out less similar images (default: none)",
+    )
+    parser.add_argument(
+        "--html", type=Path, metavar="FOLDER", help="write a page there as well (default: none)"
+    )
+    add_model(
+        parser,
+        "--model",
+        "the tower of the index, if it has moved (default: where it was)",
+        metavar="ID_OR_FOLDER",
+    )
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do what the arguments say."""
+    if not (args.index / CONTENTS).is_file():
+        raise ValueError(
+            f"INDEX '{args.index}' is no index. Make one: pairclip index MODEL FOLDER --output "
+            f"{args.index}"
+        )
+    for query in args.queries:
+        if not query.is_file():
+            what = "is a folder" if query.is_dir() else "does not exist"
+            raise ValueError(f"QUERY '{query}' {what}. Give an image.")
+    if args.html is not None and args.html.exists() and not args.html.is_dir():
+        raise ValueError(f"--html '{args.html}' is a file. Give a folder for the page.")
+    contents = read_contents(args.index)
+    model = args.model or contents["model"]
+    tower = load_model("--model", model)
+    index = pairclip.ImageIndex.load(args.index, tower)
+    answers = [search(index, query, args.k, args.min_score) for query in args.queries]
+    if args.json:
+        print(json.dumps([as_json(*each) for each in zip(args.queries, answers, strict=True)]))
+    else:
+        for query, matches in zip(args.queries, answers, strict=True):
+            say(query, matches)
+    if args.html is not None:
+        page = write_page(args.html, args.queries, answers, len(index), model)
+        if not args.json:
+            print(f"\nTo look at: {page}")
+
+
+def search(
+    index: pairclip.ImageIndex, query: Path, k: int, min_score: float | None
+) -> list[pairclip.Match]:
+    """What is most similar to the query, which does not find itself."""
+    image, _ = pairclip.LabelledImages(([query], [0]))[0]
+    matches = index.search(image, k=min(k + 1, len(index)))
+    own = query.resolve()
+    others = [match for match in matches if match.path is None or Path(match.path).resolve() != own]
+    return [match for match in others[:k] if min_score is None or match.score >= min_score]
+
+
+def say(query: Path, matches: list[pairclip.Match]) -> None:
+    """Print what was found."""
+    print(f"\nNearest to {str(query)!r}:\n")
+    for place, match in enumerate(matches, 1):
+        print(f"{place:4}.  {match.score:.3f}  {match.path!r}")
+    if not matches:
+        print("Nothing.")
+
+
+def as_json(query: Path, matches: list[pairclip.Match]) -> dict[str, Any]:
+    """A query and what it found."""
+    found = [{"path": match.path, "score": match.score} for match in matches]
+    return {"query": str(query), "matches": found}
+
+
+def write_page(
+    folder: Path,
+    queries: list[Path],
+    answers: list[list[pairclip.Match]],
+    count: int,
+    model: str,
+) -> Path:
+    """The page that shows queries and what they found."""
+    from pairclip.report.search_page import Result, Search, write_searches
+
+    searches = []
+    for query, matches in zip(queries, answers, strict=True):
+        paths = [str(query), *(str(match.path) for match in matches)]
+        images = pairclip.LabelledImages((paths, [0] * len(paths)))
+        results = [
+            Result(
+                images[place][0], os.path.relpath(paths[place], folder), match.score, paths[place]
+            )
+            for place, match in enumerate(matches, 1)
+        ]
+        searches.append(Search(images[0][0], results, path=str(query)))
+    note = f"Among {count:,} images, by the tower {model}."
+    return write_searches(folder, searches, note=note)
