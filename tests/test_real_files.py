@@ -20,8 +20,17 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder, OxfordIIITPet
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from pairclip import LabelledImages, class_names_of, labels_of
+from pairclip import (
+    LabelledImages,
+    VisionTower,
+    check_images,
+    class_names_of,
+    embed_images,
+    labels_of,
+)
 from pairclip.datasets import as_rgb, image_files, join_classes
+from pairclip.embedding import Pixels
+from pairclip.finetuner.batches import ItemKey, TrainingItems
 
 # The letter F: another picture whichever way it is turned. Blocks of 8 x 8 survive JPEG.
 _F = np.kron(
@@ -706,3 +715,107 @@ def test_drafts_are_smaller_and_nearly_the_same(place: Path) -> None:
         small = data[0][0].resize((224, 168), Image.Resampling.BICUBIC)
         difference = np.abs(np.asarray(small, float) - np.asarray(exact, float))
         assert difference.mean() < 1
+
+
+def test_a_tower_sees_what_a_person_sees(place: Path, tower: VisionTower) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    turned(F, 6).save(place / "f.png", exif=exif)
+    black_shape("RGBA").save(place / "shape.png")
+    for path, seen in ((place / "f.png", F), (place / "shape.png", ON_WHITE)):
+        expected = tower.preprocess(seen)
+        for image in (Image.open(path), LabelledImages(([path], [0]))[0][0]):
+            assert tower.preprocess(image).equal(expected)
+        assert embed_images(tower, [path]).equal(embed_images(tower, [seen]))
+
+
+@pytest.mark.parametrize("kind", ["embedding", "training"])
+def test_large_images_of_a_batch_are_held_one_at_a_time(tower: VisionTower, kind: str) -> None:
+    events: list[str] = []
+
+    class Photographs(list[Any]):
+        def __getitem__(self, index: Any) -> Image.Image:
+            events.append("read")
+            return Image.new("RGB", (1000, 1000))
+
+    class Recorded(type(tower.preprocess.transform)):  # type: ignore[misc]
+        def __call__(self, images: Any, **options: Any) -> Any:
+            events.append(f"preprocess {len(images)}")
+            return super().__call__(images=images, **options)
+
+    tower.preprocess.transform = Recorded.from_dict(tower.preprocess.transform.to_dict())
+    data = LabelledImages((Photographs([None] * 3), [0, 1, 2]))
+    if kind == "embedding":
+        values = Pixels(data, tower.preprocess).__getitems__([0, 1, 2])
+        assert len(values) == 3
+    else:
+        items = TrainingItems(data, tower.preprocess, seed=0)
+        pairs = items.__getitems__([ItemKey(0, i, i) for i in (2, 0, 1)])
+        assert [label for _, label in pairs] == [2, 0, 1]
+    assert events == ["read", "preprocess 1"] * 3
+
+
+# Unreadable images
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Path:
+    """Two classes of three images; the second of the first and all of a third are damaged."""
+    for name in ("ant", "bee", "cat"):
+        (tmp_path / name).mkdir()
+        for number in range(3):
+            path = tmp_path / name / f"{number}.png"
+            F.save(path)
+            if name == "cat" or (name, number) == ("ant", 1):
+                path.write_bytes(path.read_bytes()[:-40] if number else b"no image")
+    return tmp_path
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_images_that_can_not_be_read_are_listed(damaged: Path, num_workers: int) -> None:
+    problems = check_images(damaged, num_workers=num_workers)
+    assert [problem.index for problem in problems] == [1, 6, 7, 8]
+    assert problems[0].path == str(damaged / "ant" / "1.png")
+    assert "truncated" in problems[0].reason
+    assert "cannot identify image file" in problems[1].reason
+    assert check_images(Subset(ImageFolder(damaged), [0, 2])) == []
+
+
+def test_images_that_can_not_be_read_are_left_out_and_counted(damaged: Path) -> None:
+    with pytest.raises(ValueError, match=r"Image 1 \(.*1\.png\) can't be read: image file"):
+        LabelledImages(damaged)[1]
+    with pytest.warns(UserWarning, match=r"4 of 9 images can't be read .* and 1 more\)\.") as said:
+        data = LabelledImages(damaged, on_error="skip")
+    assert len(said) == 1
+    assert data.labels.tolist() == [0, 0, 1, 1, 1]
+    assert data.class_names == ["ant", "bee", "cat"]
+    assert [problem.index for problem in data.unreadable] == [1, 6, 7, 8]
+    assert LabelledImages(data).unreadable == data.unreadable
+    for index in range(5):
+        image, label = data[index]
+        assert image.size == F.size
+        assert Path(str(data.source.path(index))).parent.name == ["ant", "bee"][label]
+    assert LabelledImages(damaged).unreadable == []
+
+
+def test_images_are_left_out_with_other_choices(damaged: Path) -> None:
+    paths, labels = image_files(damaged), [5, 5, None, 7, 7, 7, 9, 9, 9]
+    with pytest.warns(UserWarning, match="are left out") as said:
+        data = LabelledImages((paths, labels), drop_missing=True, relabel=True, on_error="skip")
+    assert [str(warning.message)[:6] for warning in said] == ["1 of 9", "4 of 8"]
+    assert data.labels.tolist() == [0, 1, 1, 1]
+    with pytest.raises(ValueError, match="`dataset` has no image that can be read"):
+        LabelledImages(Subset(ImageFolder(damaged), [1, 6]), on_error="skip")
+    with pytest.raises(ValueError, match="`on_error` must be one of 'raise', 'skip', got 'warn'"):
+        LabelledImages(damaged, on_error="warn")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="`num_workers` 2 would be ignored"):
+        LabelledImages(damaged, num_workers=2)
+
+
+def test_an_index_error_of_a_damaged_file_does_not_end_a_loop() -> None:
+    class Broken(list[Any]):
+        def __getitem__(self, index: Any) -> Any:
+            raise IndexError
+
+    with pytest.raises(ValueError, match="Image 0 can't be read: IndexError"):
+        list(LabelledImages((Broken([F]), [0])))

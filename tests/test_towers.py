@@ -277,7 +277,11 @@ def test_pixels_are_those_of_the_saved_image_processor(
     for size in [(50, 41), (20, 90), (32, 32)]:
         image = noise(mode, size)
         assert image.mode == mode
-        expected = processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+        seen = image.convert("RGB")
+        if mode == "RGBA":
+            seen = Image.new("RGB", size, "white")
+            seen.paste(image, mask=image)
+        expected = processor(images=seen, return_tensors="pt")["pixel_values"][0]
         pixel_values = preprocess(image)
         assert pixel_values.dtype == torch.float32
         assert pixel_values.shape == (3, 32, 32)

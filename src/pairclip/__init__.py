@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pairclip.datasets import (
         LabelledImages as LabelledImages,
         TableDataset as TableDataset,
+        check_images as check_images,
         class_names_of as class_names_of,
         labels_of as labels_of,
     )
@@ -129,7 +130,7 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
         "recall_at_k",
         "retrieval_figures",
     ),
-    "datasets": ("LabelledImages", "TableDataset", "class_names_of", "labels_of"),
+    "datasets": ("LabelledImages", "TableDataset", "check_images", "class_names_of", "labels_of"),
     "towers": ("VisionTower", "interpolate", "layer_decay", "load_tower"),
     "embedding": ("embed_images",),
     "features": ("CachedFeatures", "cache_features"),

@@ -97,7 +97,7 @@ class Pixels(Dataset[Tensor]):
     def __getitems__(self, indices: list[int]) -> list[Tensor]:
         """The same of several (a `DataLoader` asks for those of a batch at once)."""
         if isinstance(self.preprocess, Preprocess):
-            return self.preprocess.batch([self.images[index][0] for index in indices])
+            return self.preprocess.batch(self.images[index][0] for index in indices)
         return [self[index] for index in indices]
 
 

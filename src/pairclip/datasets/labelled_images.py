@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pairclip import _checks
 from pairclip._randomness import random_state_kept
+from pairclip.datasets.checking import Problem, problems_of
 from pairclip.datasets.kinds import View, source_of
 from pairclip.datasets.labels import MISSING, places
 from pairclip.datasets.notices import Notices
-from pairclip.datasets.rgb import as_rgb
 from pairclip.datasets.source import LabelsDiffer, Source
 
-# What Pillow, torchvision and the readers behind them raise on a damaged file, and `as_rgb` on
-# what is no image.
-_READ_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    RuntimeError,
-    TypeError,
-    Image.DecompressionBombError,
-)
 _ITEMS_LOOKED_AT = 8
 # Twice the image size of the largest towers in use: no detail that they see is lost.
 _DRAFT_SIZE = 768
@@ -56,9 +45,15 @@ class LabelledImages(Dataset[tuple[Any, int]]):
             of their size, several times as fast: so that the shorter side has at least 768 pixels,
             or as many as given here. The pixels differ a little from the exact ones.
 
+        on_error: "raise" names the first image that can't be read and stops there. "skip" reads
+            every image once now and leaves out those that can't be read, with one warning that
+            counts them; so that labels, batches and results are of the others, in every process.
+        num_workers: Processes that read them; 0 does it in this one.
+
     Attributes:
         labels: Class id of each image, int64 ``[N]``.
         class_names: Name of each class id, or None.
+        unreadable: The images that ``on_error="skip"`` left out.
         of_features: Whether the items are features of `cache_features`, for the head of a split
             tower, and not images: as they are, of one image ``[T, H]``.
 
@@ -83,12 +78,21 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         drop_missing: bool = False,
         relabel: bool = False,
         draft_decode: bool | int = False,
+        on_error: Literal["raise", "skip"] = "raise",
+        num_workers: int = 0,
     ) -> None:
+        _checks.check_choice("on_error", on_error, ("raise", "skip"))
+        if num_workers and on_error == "raise":
+            raise ValueError(f"`num_workers` {num_workers} would be ignored: nothing is read now.")
         opened = isinstance(dataset, LabelledImages)
         source = source_of(dataset)
         if not opened:
             _check_some_labels(source)
         source = _labelled(source, drop_missing)
+        self.unreadable: list[Problem] = list(dataset.unreadable) if opened else []
+        if on_error == "skip":
+            self.unreadable += problems_of(source, num_workers=num_workers)
+            source = _readable(source, self.unreadable)
         if relabel:
             source = _relabelled(source)
         self.source = source
@@ -109,22 +113,8 @@ class LabelledImages(Dataset[tuple[Any, int]]):
             raise IndexError(f"`index` must be in [0, {len(self)}), got {index}.")
         if self.of_features:
             return self.source.image(index), int(self.labels[index])
-        try:
-            image = as_rgb(
-                self.source.image(index),
-                shorter_side=self._shorter_side,
-                say=lambda kind, words: self._notices.say(kind, f"{self._name(index)}: {words}"),
-            )
-        except LabelsDiffer:
-            raise
-        except _READ_ERRORS as error:
-            kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(f"{self._name(index)} can't be read: {error}") from error
+        image = self.source.read(index, self._notices, shorter_side=self._shorter_side)
         return image, int(self.labels[index])
-
-    def _name(self, index: int) -> str:
-        path = self.source.path(index)
-        return f"Image {index}" + (f" ({path})" if path else "")
 
 
 def labels_of(dataset: Any) -> Tensor:
@@ -204,6 +194,23 @@ def _labelled(source: Source, drop_missing: bool = False) -> Source:
     return View(source.dataset, source, keep.nonzero()[:, 0])
 
 
+def _readable(source: Source, problems: list[Problem]) -> Source:
+    if not problems:
+        return source
+    words = [f"{problem.path or problem.index}: {problem.reason}" for problem in problems[:3]]
+    more = f"; and {len(problems) - 3:,} more" if len(problems) > 3 else ""
+    if len(problems) == len(source.labels):
+        raise ValueError(f"`dataset` has no image that can be read ({'; '.join(words)}{more}).")
+    warnings.warn(
+        f"{len(problems):,} of {len(source.labels):,} images can't be read and are left out "
+        f"({'; '.join(words)}{more}).",
+        stacklevel=3,
+    )
+    keep = torch.ones(len(source.labels), dtype=torch.bool)
+    keep[[problem.index for problem in problems]] = False
+    return View(source.dataset, source, keep.nonzero()[:, 0])
+
+
 def _relabelled(source: Source) -> Source:
     there, labels = source.labels.unique(return_inverse=True)
     names = source.class_names
@@ -220,5 +227,30 @@ def _check_some_labels(source: Source) -> None:
                 source.check_label(index)
             except LabelsDiffer:
                 raise
-            except _READ_ERRORS:
+            except Exception:
                 continue  # said where it is read
+
+
+def check_images(dataset: Any, *, num_workers: int = 0) -> list[Problem]:
+    """Read every image of a dataset once, and list those that can't be read.
+
+    Args:
+        dataset: What `LabelledImages` takes, of images.
+        num_workers: Processes that read; 0 does it in this one.
+
+    Returns:
+        A `Problem` for each image that can't be read: its place in ``LabelledImages(dataset)``, its
+        path where the dataset tells, and the reason.
+
+    Raises:
+        TypeError: If the dataset is of cached features.
+
+    Example:
+        >>> import numpy as np
+        >>> from pairclip import check_images
+        >>> images = [np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 255.0)]
+        >>> for problem in check_images((images, ["cat", "dog"])):
+        ...     print(problem.index, problem.reason[:46])
+        1 A float image must be in [0, 1], got values fr
+    """
+    return problems_of(LabelledImages(dataset).source, num_workers=num_workers)

@@ -10,6 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pairclip.datasets.notices import Notices
+from pairclip.datasets.rgb import as_rgb
+
 
 class LabelsDiffer(ValueError):
     """A dataset tells other labels than its items have."""
@@ -45,6 +48,36 @@ class Source:
     def image(self, index: int) -> Any:
         """The image at `index`, of any kind that `as_rgb` takes; `index` is in ``[0, N)``."""
         raise NotImplementedError
+
+    def read(self, index: int, notices: Notices, *, shorter_side: int | None = None) -> Image.Image:
+        """The image as a person sees it.
+
+        Raises:
+            LabelsDiffer: If the item has another label than the dataset tells.
+            TypeError: If it is no image. The message names it.
+            ValueError: If it can't be read for another reason. The message names it.
+        """
+        try:
+            return as_rgb(
+                self.image(index),
+                shorter_side=shorter_side,
+                say=lambda kind, words: notices.say(kind, f"{self.name(index)}: {words}"),
+            )
+        except LabelsDiffer:
+            raise
+        # Damaged files lead Pillow into errors of any kind, and an IndexError would end a loop.
+        except Exception as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            reason = str(error) or type(error).__name__
+            raise kind(f"{self.name(index)} can't be read: {reason}") from error
+
+    def name(self, index: int) -> str:
+        """What a message calls an image."""
+        try:
+            path = self.path(index)
+        except Exception:  # of an image that is made when it is asked for, and can't be
+            path = None
+        return f"Image {index}" + (f" ({path})" if path else "")
 
     def check_label(self, index: int) -> None:
         """Raise `LabelsDiffer` if the item has another label than the dataset tells."""

@@ -56,9 +56,17 @@ class TrainingItems(Dataset[tuple[Tensor, int]]):
         with random_state_kept():
             if not self._at_once:
                 return [self[key] for key in keys]
-            images, labels = zip(*map(self._read, keys), strict=True)
-        preprocess: Any = self.preprocess
-        return list(zip(preprocess.batch(images), labels, strict=True))
+            labels: list[int] = []
+            preprocess: Any = self.preprocess
+            pixel_values = preprocess.batch(self._images(keys, labels))
+        return list(zip(pixel_values, labels, strict=True))
+
+    def _images(self, keys: list[ItemKey], labels: list[int]) -> Iterator[Any]:
+        """The images one by one, whose labels are added to `labels`."""
+        for key in keys:
+            image, label = self._read(key)
+            labels.append(label)
+            yield image
 
     def __getitem__(self, key: ItemKey) -> tuple[Tensor, int]:
         """One item; it seeds the global generators of Python, NumPy and torch (CPU)."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from PIL import Image
 from torch import Tensor
 from transformers import ImageProcessingMixin
+
+from pairclip.datasets.rgb import as_rgb
 
 _PIXELS_AT_ONCE = 16 * 224 * 224
 
@@ -29,7 +31,7 @@ class Preprocess:
         self.fixed = isinstance(transform, ImageProcessingMixin)
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Convert to RGB and do what the image processor does, value by value."""
+        """Do what the image processor does with the image that a person sees, value by value."""
         image = self._rgb(image)
         pixel_values: Tensor
         if self.fixed:
@@ -38,21 +40,26 @@ class Preprocess:
             pixel_values = self.transform(image)
         return pixel_values
 
-    def batch(self, images: Sequence[Image.Image]) -> list[Tensor]:
-        """The pixel values of each image, value by value those of a call for each."""
+    def batch(self, images: Iterable[Image.Image]) -> list[Tensor]:
+        """The pixel values of each image, value by value those of a call for each.
+
+        Images that are read when they are asked for are held a few at a time.
+        """
         if not self.fixed:
             return [self(image) for image in images]
         # A call has a price of its own, and large images of a long list fall out of the cache.
-        pieces: dict[int, list[Image.Image]] = {}
+        values: list[Tensor] = []
+        piece: list[Image.Image] = []
         pixels = 0
         for image in map(self._rgb, images):
-            pieces.setdefault(pixels // _PIXELS_AT_ONCE, []).append(image)
+            piece.append(image)
             pixels += image.width * image.height
-        return [
-            pixel_values
-            for piece in pieces.values()
-            for pixel_values in self.transform(images=piece, return_tensors="pt")["pixel_values"]
-        ]
+            if pixels >= _PIXELS_AT_ONCE:
+                values += self.transform(images=piece, return_tensors="pt")["pixel_values"]
+                piece, pixels = [], 0
+        if piece:
+            values += self.transform(images=piece, return_tensors="pt")["pixel_values"]
+        return values
 
     @staticmethod
     def _rgb(image: Image.Image) -> Image.Image:
@@ -62,7 +69,8 @@ class Preprocess:
                 "Make one with `PIL.Image.fromarray` or `PIL.Image.open`; cached features go to "
                 "the head of `tower.split(k)`."
             )
-        return image if image.mode == "RGB" else image.convert("RGB")
+        # Images of `LabelledImages` are upright and on white, and have nothing else to tell.
+        return image if image.mode == "RGB" and not image.info else as_rgb(image)
 
 
 def grey_image(width: int, height: int) -> Image.Image:
