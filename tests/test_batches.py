@@ -24,6 +24,7 @@ from pairclip._randomness import random_state_kept
 from pairclip.datasets import LabelledImages
 from pairclip.finetuner import batches
 from pairclip.finetuner.batches import ItemKey, RunBatches, TrainingItems
+from pairclip.finetuner.images import FitImages
 from pairclip.towers.preprocess import Preprocess
 
 LABELS = [number % 3 for number in range(24)]
@@ -330,22 +331,22 @@ def noisy(image: Any) -> torch.Tensor:
 def items(seed: int = 0) -> TrainingItems:
     pictures = np.zeros((24, 4, 4, 3), np.uint8)
     pictures[:, 0, 0, 0] = range(24)
-    return TrainingItems(LabelledImages((pictures, LABELS)), noisy, seed=seed)
+    return TrainingItems(FitImages(LabelledImages((pictures, LABELS)), None), noisy, seed=seed)
 
 
 def test_an_item_draws_what_its_key_says_whatever_is_loaded_beside_it() -> None:
     keys = [ItemKey(0, 0, 5), ItemKey(0, 1, 5), ItemKey(1, 0, 5), ItemKey(0, 2, 7)]
     together = items().__getitems__(keys)
     alone = [items().__getitems__([key])[0] for key in reversed(keys)][::-1]
-    for (one, label), (other, same_label) in zip(together, alone, strict=True):
+    for (one, label, item), (other, same_label, same_item) in zip(together, alone, strict=True):
         assert one.equal(other)
-        assert label == same_label
-    assert [value[2].item() for value, _ in together] == [5, 5, 5, 7]
-    assert [label for _, label in together] == [LABELS[5]] * 3 + [LABELS[7]]
+        assert (label, item) == (same_label, same_item)
+    assert [value[2].item() for value, *_ in together] == [5, 5, 5, 7]
+    assert [label for _, label, _ in together] == [LABELS[5]] * 3 + [LABELS[7]]
     for column in (0, 1):  # one item at other times, and other items, draw something else
-        assert len({value[column].item() for value, _ in together}) == 4
+        assert len({value[column].item() for value, *_ in together}) == 4
     other_seed = items(seed=1).__getitems__(keys)
-    assert not {value[1].item() for value, _ in together} & {v[1].item() for v, _ in other_seed}
+    assert not {value[1].item() for value, *_ in together} & {v[1].item() for v, *_ in other_seed}
 
 
 @pytest.mark.parametrize("kind", ["array", "joined", "sequence", "transform"])
@@ -362,7 +363,7 @@ def test_items_are_seeded_where_anything_may_draw(kind: str, monkeypatch) -> Non
     preprocess = Preprocess(noisy if kind == "transform" else processor)
     seeded: list[Any] = []
     monkeypatch.setattr(batches, "seed_all", lambda *what: seeded.append(what))
-    loaded = TrainingItems(LabelledImages(data), preprocess, seed=0)
+    loaded = TrainingItems(FitImages(LabelledImages(data), None), preprocess, seed=0)
     assert len(loaded.__getitems__([ItemKey(0, 0, 5), ItemKey(0, 1, 20)])) == 2
     assert len(seeded) == (0 if kind in ("array", "joined") else 2)
 
@@ -391,7 +392,7 @@ def test_a_loader_gives_each_process_its_slices(workers: int) -> None:
     whole = load(0, 1, 0)
     assert len(whole) == 5
     shares = [load(process, 2, workers) for process in range(2)]
-    for (pixels, labels), (pixels_0, labels_0), (pixels_1, labels_1) in zip(
+    for (pixels, labels, _), (pixels_0, labels_0, _), (pixels_1, labels_1, _) in zip(
         whole, *shares, strict=True
     ):
         assert torch.cat([pixels_0, pixels_1]).equal(pixels)

@@ -381,15 +381,15 @@ def test_the_images_that_are_looked_at_are_in_the_largest_dataset_too() -> None:
             return 2**24 + 4
 
     class Items:
-        data = Data(labels=torch.zeros(1), class_names=None)
+        images = Data(labels=torch.zeros(1), class_names=None)
 
         def __getitems__(self, keys: Any) -> list[Any]:
             looked_at.extend(key.item for key in keys)
-            return [(torch.zeros(1), 0)] * len(keys)
+            return [(torch.zeros(1), 0, 0)] * len(keys)
 
     run = SimpleNamespace(
         tower=plain_tower(), optimizer=SimpleNamespace(param_groups=[]), peak_rates=[]
     )
-    identity_of(run, Items(), {}, [])
+    identity_of(run, Items(), None, {}, [])
     assert looked_at[0] == 0
     assert looked_at[-1] == 2**24 + 3

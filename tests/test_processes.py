@@ -162,6 +162,20 @@ def test_plain_steps_of_several_processes_end_where_one_ends(
         assert history == results[0][name][1]
 
 
+@pytest.mark.parametrize("micro", [None, 5])
+def test_targets_go_with_their_images_over_processes_and_micro_batches(
+    run: Run, micro: int | None
+) -> None:
+    batches = small.shuffled_batches()
+    of_images = {"targets": small.targets()}
+    wanted = small.by_hand(small.new_tower(), small.naive_targets_loss, batches, **of_images)[0]
+    ((_, alone),) = run("targeted", 1, micro=None)
+    for found, steps in run("targeted", 2, micro=micro):
+        small.assert_same_gradient(found, wanted)
+        for step, expected_step in zip(steps, alone, strict=True):
+            assert step["loss"] == pytest.approx(expected_step["loss"], rel=1e-4)
+
+
 def test_gradients_are_added_up_over_processes_once_per_step(run: Run) -> None:
     assert run("reductions", 2, micro=None) == [2, 2]
     assert run("reductions", 2, micro=4) == [2, 2]

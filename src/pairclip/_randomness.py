@@ -20,6 +20,7 @@ class Stream(IntEnum):
     TOWER = 3
     LOSS = 4
     EVALUATION = 5
+    TARGETS = 6
 
 
 class SamplerStream(IntEnum):
@@ -28,6 +29,7 @@ class SamplerStream(IntEnum):
     ANCHORS = 0
     PARTNERS = 1
     DECK = 2
+    KEPT = 3
 
 
 def sampler_generator(

@@ -18,7 +18,14 @@ from torch import Tensor, distributed, nn
 from torch.futures import Future
 from torch.utils.data import BatchSampler, RandomSampler
 
-from pairclip import Callback, CollapseMonitor, Finetuner, WeightAverage
+from pairclip import (
+    Callback,
+    CollapseMonitor,
+    Finetuner,
+    PreservingLoss,
+    TargetSimilarityLoss,
+    WeightAverage,
+)
 from pairclip.finetuner import accelerators
 
 
@@ -123,6 +130,25 @@ def frozen_batch_norm() -> tuple[list[Tensor], list[Tensor]]:
         tower, small.new_loss("squared"), small.new_sampler("squared"), steps=3, micro_batch_size=3
     )
     return first, [tower.model.extra.running_mean, tower.model.extra.running_var]
+
+
+def targeted(micro: int | None) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """First gradients with targets, and the steps of a fit that keeps images where they are."""
+    given = {"targets": small.targets()}
+    first, _, _ = small.fit(
+        small.new_tower(),
+        TargetSimilarityLoss(),
+        small.new_sampler("squared"),
+        micro_batch_size=micro,
+        fitting=given,
+    )
+    history = Finetuner(
+        small.new_tower(),
+        PreservingLoss(small.new_loss("squared"), weight=0.5),
+        learning_rate=1e-3,
+        micro_batch_size=micro,
+    ).fit((small.pictures()[:48], small.LABELS[:48]), keep=small.pictures()[48:], batch_size=32)
+    return first, history.steps
 
 
 class Watcher(Callback):

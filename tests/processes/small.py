@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,19 @@ def pictures() -> np.ndarray:
     patterns = generator.normal(0, 1, (NUM_CLASSES, 8, 8, 3))
     noisy = patterns[LABELS] + generator.normal(0, 0.7, (len(LABELS), 8, 8, 3))
     return np.clip(noisy * 40 + 128, 0, 255).astype(np.uint8)
+
+
+def targets() -> Tensor:
+    """A row for each picture."""
+    return torch.randn(len(LABELS), 5, generator=torch.Generator().manual_seed(3))
+
+
+def naive_targets_loss(embeddings: Tensor, labels: Tensor, of_images: Tensor) -> Tensor:
+    """`TargetSimilarityLoss` pair by pair."""
+    first, second = torch.triu_indices(len(embeddings), len(embeddings), 1)
+    cosines = [F.normalize(rows.double(), dim=1) for rows in (embeddings, of_images)]
+    found, wanted = [(rows[first] * rows[second]).sum(dim=1) for rows in cosines]
+    return (found - wanted).square().mean()
 
 
 class Clip(nn.Module):
@@ -130,6 +143,7 @@ def fit(
     *,
     steps: int = 1,
     labels: Any = None,
+    fitting: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> tuple[list[Tensor], list[Tensor], History]:
     """Gradients of the first step, the weights at the end, and the history of plain SGD."""
@@ -146,7 +160,10 @@ def fit(
         },
     )
     history = finetuner.fit(
-        (pictures(), LABELS if labels is None else labels), sampler=sampler, max_steps=steps
+        (pictures(), LABELS if labels is None else labels),
+        sampler=sampler,
+        max_steps=steps,
+        **fitting or {},
     )
     return gradients.first, weights(tower, loss), history
 
@@ -162,6 +179,7 @@ def by_hand(
     batches: Sequence[Sequence[int]],
     *,
     steps: int = 1,
+    targets: Tensor | None = None,
 ) -> tuple[list[Tensor], list[Tensor], list[float]]:
     """What `fit` gives, from a bare loop over whole batches."""
     pixels = torch.stack([to_tensor(Image.fromarray(picture)) for picture in pictures()])
@@ -175,7 +193,8 @@ def by_hand(
     values = []
     for step in range(steps):
         batch = list(batches[step % len(batches)])
-        value = loss(tower(pixels[batch]), labels[batch])
+        beside = [] if targets is None else [targets[batch]]
+        value = loss(tower(pixels[batch]), labels[batch], *beside)
         optimizer.zero_grad()
         value.backward()
         first = first or [p.grad.clone() for p in parameters if p.grad is not None]

@@ -27,7 +27,8 @@ class FitState:
         history: What happened so far; `steps`, `evaluations` and `stop_reason` are its own.
         step: Steps done.
         embeddings: Of the whole last batch, detached, float32 ``[B, D]``.
-        labels: Its class ids, int64 ``[B]``.
+        labels: Its class ids, int64 ``[B]``; -1 for images to keep.
+        targets: Its targets, float32 ``[B, K]``, or None.
         gradient: Of the loss with respect to `embeddings`, ``[B, D]``; in float16 times the
             scaler's factor.
         averages: Set by a callback, one tensor for each of `parameters`: these are evaluated
@@ -44,6 +45,7 @@ class FitState:
     step: int = 0
     embeddings: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     labels: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    targets: Tensor | None = None
     gradient: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     averages: list[Tensor] | None = None
 

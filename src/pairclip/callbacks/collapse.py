@@ -54,15 +54,16 @@ class CollapseMonitor(Callback):
         if fit.step % self.every:
             return
         self.looks += 1
-        counts = fit.labels.unique(return_counts=True)[1]
-        if len(counts) == 1:
+        labelled = fit.labels >= 0  # the others are to stay where they are
+        labels, embeddings = fit.labels[labelled], fit.embeddings[labelled]
+        if len(labels.unique()) == 1:
             self._say(
                 fit,
                 "batches of one class",
-                f"all {len(fit.labels)} images of the batch are of one class, so nothing moves "
+                f"all {len(labels)} images of the batch are of one class, so nothing moves "
                 "classes apart. Use `ClassBalancedSampler` or `PairSampler`, or shuffle.",
             )
-        elif (similarity := _different_mean(fit.embeddings, fit.labels)) > self.threshold:
+        elif (similarity := _different_mean(embeddings, labels)) > self.threshold:
             self._say(
                 fit,
                 "batches with collapsed embeddings",

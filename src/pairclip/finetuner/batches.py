@@ -16,9 +16,11 @@ from pairclip._randomness import (
     seed_all,
     set_random_state,
 )
-from pairclip.datasets import LabelledImages
-from pairclip.samplers import PairSampler
+from pairclip.finetuner.images import FitImages, KeptDeck, kept_deck
+from pairclip.samplers import PairSampler, default_sampler
 from pairclip.towers.preprocess import Preprocess
+
+BATCH_SIZE, KEEP_SHARE = 128, 0.25  # by default
 
 
 @runtime_checkable
@@ -38,20 +40,20 @@ class ItemKey(NamedTuple):
     item: int
 
 
-class TrainingItems(Dataset[tuple[Tensor, int]]):
-    """Preprocessed images and class ids; a random transform draws the same for the same key."""
+class TrainingItems(Dataset[tuple[Tensor, int, int]]):
+    """Preprocessed images, class ids and indices; what is random follows from the key."""
 
     def __init__(
-        self, data: LabelledImages, preprocess: Callable[[Any], Tensor], *, seed: int
+        self, images: FitImages, preprocess: Callable[[Any], Tensor], *, seed: int
     ) -> None:
-        self.data = data
+        self.images = images
         self.preprocess = preprocess
         self.seed = seed
         self._at_once = isinstance(preprocess, Preprocess) and preprocess.fixed
         # Seeds take as long as small images do, and here nothing draws.
-        self._draws = not (data.of_features or (self._at_once and data.source.in_memory))
+        self._draws = not (images.of_features or (self._at_once and images.in_memory))
 
-    def __getitems__(self, keys: list[ItemKey]) -> list[tuple[Tensor, int]]:
+    def __getitems__(self, keys: list[ItemKey]) -> list[tuple[Tensor, int, int]]:
         """The items of one batch (a `DataLoader` asks for them at once)."""
         with random_state_kept():
             if not self._at_once:
@@ -59,7 +61,7 @@ class TrainingItems(Dataset[tuple[Tensor, int]]):
             labels: list[int] = []
             preprocess: Any = self.preprocess
             pixel_values = preprocess.batch(self._images(keys, labels))
-        return list(zip(pixel_values, labels, strict=True))
+        return list(zip(pixel_values, labels, [key.item for key in keys], strict=True))
 
     def _images(self, keys: list[ItemKey], labels: list[int]) -> Iterator[Any]:
         """The images one by one, whose labels are added to `labels`."""
@@ -68,15 +70,15 @@ class TrainingItems(Dataset[tuple[Tensor, int]]):
             labels.append(label)
             yield image
 
-    def __getitem__(self, key: ItemKey) -> tuple[Tensor, int]:
+    def __getitem__(self, key: ItemKey) -> tuple[Tensor, int, int]:
         """One item; it seeds the global generators of Python, NumPy and torch (CPU)."""
         image, label = self._read(key)
-        return self.preprocess(image), label
+        return self.preprocess(image), label, key.item
 
     def _read(self, key: ItemKey) -> tuple[Any, int]:
         if self._draws:
             seed_all(Stream.ITEM, self.seed, key.epoch, key.position)
-        return self.data[key.item]
+        return self.images[key.item]
 
 
 class RunBatches:
@@ -93,6 +95,7 @@ class RunBatches:
         seed: Decides what a sampler without a seed of its own draws.
         process: Number of this process.
         num_processes: Processes that share each batch.
+        kept: Adds images to keep to each batch, if given.
 
     Raises:
         ValueError: If the sampler yields more or fewer batches than its ``len()``, indices
@@ -109,6 +112,7 @@ class RunBatches:
         seed: int = 0,
         process: int = 0,
         num_processes: int = 1,
+        kept: KeptDeck | None = None,
     ) -> None:
         self.sampler = sampler
         self.num_items = num_items
@@ -116,6 +120,7 @@ class RunBatches:
         self.seed = seed
         self.process = process
         self.num_processes = num_processes
+        self.kept = kept
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -144,6 +149,7 @@ class RunBatches:
             seed_all(Stream.BATCHES, self.seed, epoch)
             batches = iter(self.sampler)
             state = random_state()
+        kept = None if self.kept is None else self.kept.epoch(epoch, len(self.sampler))
         count = 0
         while True:
             with random_state_kept():
@@ -156,7 +162,7 @@ class RunBatches:
             if count > len(self.sampler):
                 break
             self._check(batch)
-            yield batch
+            yield batch if kept is None else [*batch, *kept[count - 1]]
         if count != len(self.sampler):
             more = "more" if count > len(self.sampler) else f"only {count}"
             raise ValueError(
@@ -194,7 +200,38 @@ class RunBatches:
             )
 
 
-def check_sampler(sampler: BatchSampler, *, pairs: bool) -> None:
+def choose_batches(
+    loss: Callable[..., Tensor],
+    images: FitImages,
+    sampler: BatchSampler | None,
+    *,
+    batch_size: int,
+    keep_share: float,
+    seed: int,
+) -> tuple[BatchSampler, KeptDeck | None]:
+    """What gives the labelled part of each batch, by default too, and what gives the part to keep.
+
+    Raises:
+        TypeError: If `sampler` is no batch sampler.
+        ValueError: If it is not one for the loss, or an argument would be ignored.
+    """
+    pairs = getattr(loss, "takes_pairs", False)
+    if sampler is not None:
+        _check_sampler(sampler, pairs=pairs)
+        if batch_size != BATCH_SIZE:
+            raise ValueError(f"`batch_size` {batch_size} would be ignored: `sampler` decides.")
+    kept = None
+    if images.keep is not None:
+        kept = kept_deck(images, keep_share, sampler, batch_size, seed)
+        batch_size -= kept.per_batch
+    elif keep_share != KEEP_SHARE:
+        raise ValueError(f"`keep_share` {keep_share} would be ignored: there is no `keep`.")
+    if sampler is None:
+        sampler = default_sampler(images.data.labels, batch_size, seed, pairs=pairs)
+    return sampler, kept
+
+
+def _check_sampler(sampler: BatchSampler, *, pairs: bool) -> None:
     """Raise unless `sampler` can give batches, of pairs if the loss takes pairs."""
     if pairs and not isinstance(sampler, PairSampler):
         raise ValueError(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pairclip._randomness import Stream, random_state_kept, seed_all
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[..., Tensor]  # of embeddings, labels and, where there are some, targets
 
 
 class BatchResult(NamedTuple):
@@ -21,6 +21,7 @@ class BatchResult(NamedTuple):
     loss: Tensor  # scalar
     embeddings: Tensor  # [B, D] float32
     labels: Tensor  # [B] int64
+    targets: Tensor | None  # [B, K] float32
     gradient: Tensor  # [B, D] of the loss with respect to the embeddings, scaled in float16
 
 
@@ -29,6 +30,7 @@ def backward(
     loss: Loss,
     pixels: Tensor,
     labels: Tensor,
+    targets: Tensor | None = None,
     *,
     parameters: Sequence[nn.Parameter],
     accelerator: Accelerator,
@@ -45,9 +47,11 @@ def backward(
 
     Args:
         model: The tower, wrapped in DDP where there are several processes.
-        loss: ``loss(embeddings [B, D], labels [B])`` gives a scalar tensor.
+        loss: ``loss(embeddings [B, D], labels [B])`` gives a scalar tensor, or, where there are
+            targets, ``loss(embeddings, labels, targets [B, K])``.
         pixels: This process's slice of the batch, ``[b, ...]``, on any device.
         labels: Its class ids, ``[b]`` int64.
+        targets: Its targets, ``[b, K]``, if the loss takes any.
         parameters: Those that train, of the model and of the loss.
         accelerator: Knows the processes, the precision and the gradient scaler.
         micro_batch_size: Images per piece; None encodes the slice at once.
@@ -71,11 +75,12 @@ def backward(
                 detached = torch.cat([encode(number) for number in range(len(pieces))])
         gather: Any = accelerator.gather
         whole: Tensor = gather(detached.contiguous()).requires_grad_()
-        whole_labels: Tensor = gather(labels.to(accelerator.device, non_blocking=True))
+        rest = [labels] if targets is None else [labels, targets]
+        beside = [gather(each.to(accelerator.device, non_blocking=True)) for each in rest]
 
         seed_all(Stream.LOSS, *seed, device=accelerator.device)
         with torch.autocast(accelerator.device.type, enabled=False):
-            value = loss(whole, whole_labels)
+            value = loss(whole, *beside)
         _check_loss(value)
         gradient = _differentiate(value, whole, parameters, accelerator.scaler)
         mine = gradient.chunk(accelerator.num_processes)[process] * accelerator.num_processes
@@ -88,7 +93,9 @@ def backward(
                 # Processes add up their gradients once, when the last piece has given its own.
                 with nullcontext() if last else accelerator.no_sync(model):
                     (encode(number) * of_piece).sum().backward()
-    return BatchResult(value.detach(), whole.detach(), whole_labels, gradient)
+    return BatchResult(
+        value.detach(), whole.detach(), beside[0], None if targets is None else beside[1], gradient
+    )
 
 
 def _differentiate(

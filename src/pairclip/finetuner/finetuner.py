@@ -15,7 +15,6 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pairclip import _checks
 from pairclip.callbacks import Callback, FitState
 from pairclip.callbacks.base import check_callbacks
 from pairclip.datasets import LabelledImages
@@ -27,29 +26,31 @@ from pairclip.finetuner.accelerators import (
     new_accelerator,
 )
 from pairclip.finetuner.batches import (
+    BATCH_SIZE,
+    KEEP_SHARE,
     BatchSampler,
     RunBatches,
     TrainingItems,
-    check_sampler,
+    choose_batches,
 )
 from pairclip.finetuner.identity import config_of, identity_of
+from pairclip.finetuner.images import FitImages
 from pairclip.finetuner.loop import Loop
 from pairclip.finetuner.resuming import Saver
 from pairclip.finetuner.settings import (
+    KEEP_CHECKPOINTS,
     LEARNING_RATE,
     OptimizerFactory,
+    Plan,
     Precision,
     Schedule,
     Settings,
 )
 from pairclip.finetuner.step import Trainer
 from pairclip.finetuner.stop_signals import StopSignals, leave_stopping_to_main
+from pairclip.finetuner.targets import check_targets, untouched_embeddings
 from pairclip.history import History
-from pairclip.samplers import default_sampler
 from pairclip.towers import VisionTower, tower_of
-
-_BATCH_SIZE = 128
-_KEEP = 2
 
 
 class Finetuner:
@@ -64,7 +65,8 @@ class Finetuner:
         loss: ``loss(embeddings [B, D] float32, labels [B] int64)`` giving a scalar: one of
             pairclip's, of pytorch-metric-learning's, or your own. One with an attribute
             ``takes_pairs = True``, as `CosinePairLoss` has, is called as ``loss(a, b, same)``
-            with the pairs of a `PairSampler`. A loss's own parameters are trained too.
+            with the pairs of a `PairSampler`; one with ``takes_targets = True`` as
+            ``loss(embeddings, labels, targets)``. A loss's own parameters are trained too.
         learning_rate: Peak rate of AdamW.
         weight_decay: Decay of AdamW, on weight matrices only, not on biases or norms.
         warmup_ratio: Share of the steps in which the rate rises linearly, in ``[0, 1)``.
@@ -157,15 +159,18 @@ class Finetuner:
         dataset: Any,
         *,
         sampler: BatchSampler | None = None,
-        batch_size: int = _BATCH_SIZE,
+        batch_size: int = BATCH_SIZE,
         epochs: int = 1,
         max_steps: int | None = None,
+        targets: Any = None,
+        keep: Any = None,
+        keep_share: float = KEEP_SHARE,
         eval_dataset: Any = None,
         evaluate: Callable[[VisionTower], Mapping[str, Any]] | None = None,
         eval_every: int | None = None,
         checkpoint_dir: str | os.PathLike[str] | None = None,
         checkpoint_every: int | None = None,
-        keep_checkpoints: int = _KEEP,
+        keep_checkpoints: int = KEEP_CHECKPOINTS,
         resume: bool = False,
         num_workers: int = 0,
     ) -> History:
@@ -179,6 +184,16 @@ class Finetuner:
             batch_size: Images per batch, over all processes, for the default samplers.
             epochs: Epochs of the sampler.
             max_steps: Steps to train, instead of `epochs`.
+            targets: For a loss that takes targets: a row for each image of `dataset`, floating
+                point ``[N, K]``, which the loss gets with the image's embedding. None is for
+                losses that preserve, such as `PreservingLoss`: their targets are the embeddings
+                of all images by the tower as it is before the first step.
+            keep: Images that are to stay where they are, with or without labels, which are not
+                looked at: the loss gets them with the label -1. For a loss that takes targets;
+                rows in `targets` for them come after those of `dataset`. An epoch is that of the
+                sampler; to each of its batches images are added, dealt from a shuffled deck.
+            keep_share: Share of `keep` in each batch, in ``(0, 1)``; `batch_size` counts them, a
+                `sampler` does not.
             eval_dataset: Evaluated during training.
             evaluate: Evaluates instead of `pairclip.evaluate` on an `eval_dataset`: takes the
                 tower and returns numbers by name, of which the checkpoints and `EarlyStopping`
@@ -212,93 +227,98 @@ class Finetuner:
             UserWarning: If a checkpoint could not be written, or is damaged and passed over; or
                 resuming will not be exact, because a transform draws from its own generator.
         """
-        _check_length(epochs, max_steps)
-        _check_evaluation(eval_dataset, evaluate, eval_every)
-        _check_every("checkpoint", checkpoint_every, "dir", checkpoint_dir)
-        _checks.check_positive_int("keep_checkpoints", keep_checkpoints)
-        _checks.check_count("num_workers", num_workers)
-        if keep_checkpoints != _KEEP and checkpoint_dir is None:
-            raise ValueError(
-                f"`keep_checkpoints` {keep_checkpoints} would be ignored: there is no "
-                "`checkpoint_dir`."
-            )
-        if resume and checkpoint_dir is None:
-            raise ValueError("`resume` needs a `checkpoint_dir` to resume from.")
-        data = LabelledImages(dataset)
-        signals = StopSignals(active=checkpoint_dir is not None)
+        plan = Plan(
+            epochs=epochs,
+            max_steps=max_steps,
+            evaluates=evaluate is not None or eval_dataset is not None,
+            eval_every=eval_every,
+            checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir).absolute(),
+            checkpoint_every=checkpoint_every,
+            keep_checkpoints=keep_checkpoints,
+            resume=resume,
+            num_workers=num_workers,
+        )
+        _check_evaluate(evaluate, eval_dataset)
+        signals = StopSignals(active=plan.checkpoint_dir is not None)
         leave = partial(leave_stopping_to_main, left=signals.left)
         workers: dict[str, Any] = {
             "num_workers": num_workers,
-            "worker_init_fn": None if checkpoint_dir is None else leave,
+            "worker_init_fn": None if plan.checkpoint_dir is None else leave,
         }
+        images = FitImages(LabelledImages(dataset), keep)
         if eval_dataset is not None:
             evaluate = partial(_evaluate, data=LabelledImages(eval_dataset), workers=workers)
-        sampler = self._sampler(sampler, data.labels, batch_size)
-        num_steps = epochs * len(sampler) if max_steps is None else max_steps
+        rows = check_targets(self.loss, targets, images)
+        sampler, kept = choose_batches(
+            self.loss, images, sampler, batch_size=batch_size, keep_share=keep_share, seed=self.seed
+        )
         accelerator = self.accelerator or new_accelerator(self.settings.precision)
         check_accelerator(accelerator)
+        num_steps = epochs * len(sampler) if max_steps is None else max_steps
         trainer = Trainer(self.tower, self.loss, self.settings, accelerator, num_steps)
-        items = TrainingItems(data, tower_of(self.tower).preprocess, seed=self.settings.seed)
         fit = FitState(
             tower=trainer.tower,
             parameters=trainer.parameters,
             accelerator=accelerator,
             num_steps=num_steps,
-            evaluates=evaluate is not None,
-            config=config_of(trainer, sampler),
+            evaluates=plan.evaluates,
+            config=config_of(trainer, sampler, kept),
         )
         saver = None
-        if checkpoint_dir is not None:
+        if plan.checkpoint_dir is not None:
+            every = checkpoint_every or len(sampler)
             saver = Saver(
-                Path(checkpoint_dir).absolute(),
-                every=checkpoint_every or len(sampler),
-                keep=keep_checkpoints,
-                trainer=trainer,
-                fit=fit,
-                callbacks=self.callbacks,
-                identity=identity_of(trainer, items, fit.config, self.callbacks),
+                plan.checkpoint_dir, every, keep_checkpoints, trainer, fit, self.callbacks
             )
-            saver.resume(wanted=resume)
-        loader = DataLoader(
-            items,
-            batch_sampler=RunBatches(
-                sampler,
-                num_items=len(data),
-                steps=range(fit.step, num_steps),
-                seed=self.settings.seed,
-                process=accelerator.process_index,
-                num_processes=accelerator.num_processes,
-            ),
-            pin_memory=accelerator.device.type == "cuda",
-            generator=torch.Generator().manual_seed(self.settings.seed),
-            **workers,
-        )
-        loop = Loop(
-            trainer,
-            fit,
-            self.callbacks,
-            steps_per_epoch=len(sampler),
-            evaluate=evaluate,
-            eval_every=eval_every or len(sampler),
-            saver=saver,
-            signals=signals,
-        )
-        with trainer.training(), signals, saver or nullcontext():
-            ended = loop.train(loader)
+        with saver or nullcontext():
+            checkpoint = None if saver is None else saver.newest(wanted=resume)
+            if rows is None and getattr(self.loss, "preserves", False):
+                folder = None if checkpoint is None else plan.checkpoint_dir
+                rows = untouched_embeddings(self.tower, images, self.seed, workers, folder)
+            items = TrainingItems(images, tower_of(self.tower).preprocess, seed=self.seed)
+            if saver is not None:
+                identity = identity_of(trainer, items, rows, fit.config, self.callbacks)
+                saver.start(checkpoint, identity, None if targets is not None else rows)
+            loader = DataLoader(
+                items,
+                batch_sampler=RunBatches(
+                    sampler,
+                    num_items=len(images.data),
+                    steps=range(fit.step, num_steps),
+                    seed=self.seed,
+                    process=accelerator.process_index,
+                    num_processes=accelerator.num_processes,
+                    kept=kept,
+                ),
+                pin_memory=accelerator.device.type == "cuda",
+                generator=torch.Generator().manual_seed(self.seed),
+                **workers,
+            )
+            loop = Loop(
+                trainer,
+                fit,
+                self.callbacks,
+                steps_per_epoch=len(sampler),
+                targets=rows,
+                evaluate=evaluate,
+                eval_every=eval_every or len(sampler),
+                saver=saver,
+                signals=signals,
+            )
+            with trainer.training(), signals:
+                ended = loop.train(loader)
         if not ended or signals.caught is not None:
             signals.obey()
         return fit.history
 
-    def _sampler(
-        self, sampler: BatchSampler | None, labels: Tensor, batch_size: int
-    ) -> BatchSampler:
-        pairs = getattr(self.loss, "takes_pairs", False)
-        if sampler is None:
-            return default_sampler(labels, batch_size, self.settings.seed, pairs=pairs)
-        check_sampler(sampler, pairs=pairs)
-        if batch_size != _BATCH_SIZE:
-            raise ValueError(f"`batch_size` {batch_size} would be ignored: `sampler` decides.")
-        return sampler
+
+def _check_evaluate(evaluate: object, eval_dataset: object) -> None:
+    if evaluate is None:
+        return
+    if not callable(evaluate):
+        raise TypeError(f"`evaluate` must be a callable that takes the tower, got {evaluate!r}.")
+    if eval_dataset is not None:
+        raise ValueError("`eval_dataset` would be ignored: `evaluate` is given. Pass one of them.")
 
 
 def _evaluate(
@@ -306,31 +326,3 @@ def _evaluate(
 ) -> Mapping[str, Any]:
     embeddings = embed(tower, data, **workers)
     return vars(evaluate_embeddings(embeddings, data.labels, class_names=data.class_names))
-
-
-def _check_length(epochs: int, max_steps: int | None) -> None:
-    _checks.check_positive_int("epochs", epochs)
-    if max_steps is None:
-        return
-    _checks.check_positive_int("max_steps", max_steps)
-    if epochs != 1:
-        raise ValueError(f"`epochs` {epochs} would be ignored: `max_steps` is {max_steps}.")
-
-
-def _check_evaluation(dataset: object, evaluate: object, every: int | None) -> None:
-    if evaluate is None:
-        _check_every("eval", every, "dataset", dataset)
-        return
-    if not callable(evaluate):
-        raise TypeError(f"`evaluate` must be a callable that takes the tower, got {evaluate!r}.")
-    if dataset is not None:
-        raise ValueError("`eval_dataset` would be ignored: `evaluate` is given. Pass one of them.")
-    _check_every("eval", every, "dataset", evaluate)
-
-
-def _check_every(what: str, every: int | None, needed: str, given: object) -> None:
-    if every is None:
-        return
-    _checks.check_positive_int(f"{what}_every", every)
-    if given is None:
-        raise ValueError(f"`{what}_every` {every} would be ignored: there is no `{what}_{needed}`.")

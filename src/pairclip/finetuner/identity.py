@@ -17,13 +17,14 @@ from pairclip._files import bytes_of
 from pairclip.callbacks import Callback
 from pairclip.checkpoints import trained_tensors
 from pairclip.finetuner.batches import BatchSampler, ItemKey, TrainingItems
+from pairclip.finetuner.images import KeptDeck
 from pairclip.finetuner.step import Trainer
 from pairclip.towers import tower_of
 
 _SAMPLED_ITEMS = 8
 
 
-def config_of(trainer: Trainer, sampler: BatchSampler) -> dict[str, Any]:
+def config_of(trainer: Trainer, sampler: BatchSampler, kept: KeptDeck | None) -> dict[str, Any]:
     """What a fit was asked for, as plain values."""
     settings = trainer.settings
     return {
@@ -38,18 +39,23 @@ def config_of(trainer: Trainer, sampler: BatchSampler) -> dict[str, Any]:
         "precision": trainer.accelerator.mixed_precision,
         "max_grad_norm": settings.max_grad_norm,
         "seed": settings.seed,
+        **({} if kept is None else {"images to keep in a batch": kept.per_batch}),
     }
 
 
 def identity_of(
-    trainer: Trainer, items: TrainingItems, config: Mapping[str, Any], callbacks: Sequence[Callback]
+    trainer: Trainer,
+    items: TrainingItems,
+    targets: Tensor | None,
+    config: Mapping[str, Any],
+    callbacks: Sequence[Callback],
 ) -> dict[str, Any]:
     """What must be the same in a run that continues from a checkpoint, and a word for each.
 
     Warns:
         UserWarning: If images differ when they are loaded again, so that resuming isn't exact.
     """
-    tower, data = trainer.tower, items.data
+    tower, data = trainer.tower, items.images
     frozen = {name: p for name, p in tower.named_parameters() if not p.requires_grad}
     chosen = [i * (len(data) - 1) // (_SAMPLED_ITEMS - 1) for i in range(_SAMPLED_ITEMS)]
     keys = [ItemKey(0, i, item) for i, item in enumerate(chosen)]
@@ -81,6 +87,7 @@ def identity_of(
             "labels": _digest({"labels": data.labels}),
             "class names": data.class_names,
             "some images, preprocessed": pixels,
+            **({} if targets is None else {"targets": _digest({"targets": targets})}),
         },
         "configuration": {
             **config,
@@ -98,7 +105,7 @@ def identity_of(
 
 
 def _digest_of_items(items: TrainingItems, keys: list[ItemKey]) -> str:
-    inputs = [pixels for pixels, _ in items.__getitems__(keys)]
+    inputs = [pixels for pixels, *_ in items.__getitems__(keys)]
     return _digest({str(i): pixels for i, pixels in enumerate(inputs)})
 
 

@@ -30,6 +30,7 @@ class Loop:
         fit: What callbacks see; its `step` is where the fit is.
         callbacks: Called in this order.
         steps_per_epoch: Batches of the sampler's epoch.
+        targets: A row for each image of the fit, if the loss takes them.
         evaluate: Called with the tower every `eval_every` steps and after the last, if given.
         eval_every: Steps between evaluations.
         saver: Writes checkpoints, if given.
@@ -43,6 +44,7 @@ class Loop:
         callbacks: Sequence[Callback],
         *,
         steps_per_epoch: int,
+        targets: Tensor | None,
         evaluate: Evaluate | None,
         eval_every: int,
         saver: Saver | None,
@@ -52,12 +54,13 @@ class Loop:
         self.fit = fit
         self.callbacks = callbacks
         self.steps_per_epoch = steps_per_epoch
+        self.targets = targets
         self.evaluate = evaluate
         self.eval_every = eval_every
         self.saver = saver
         self.signals = signals
 
-    def train(self, batches: Iterable[tuple[Tensor, Tensor]]) -> bool:
+    def train(self, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> bool:
         """Take the steps that are left; whether the end was reached, not a stop signal."""
         fit = self.fit
         for callback in self.callbacks:
@@ -73,8 +76,8 @@ class Loop:
             disable=None if fit.accelerator.is_local_main_process else True,
         )
         with bar:
-            for pixels, labels in () if self._over() else batches:
-                record = self._step(pixels, labels)
+            for pixels, labels, items in () if self._over() else batches:
+                record = self._step(pixels, labels, items)
                 bar.set_postfix(loss=f"{record['loss']:.4f}", rate=f"{record['learning_rate']:.1e}")
                 bar.update()
                 if self._agree():
@@ -90,14 +93,15 @@ class Loop:
             callback.on_fit_end(fit)
         return True
 
-    def _step(self, pixels: Tensor, labels: Tensor) -> dict[str, float | None]:
+    def _step(self, pixels: Tensor, labels: Tensor, items: Tensor) -> dict[str, float | None]:
         fit, history = self.fit, self.fit.history
-        batch, record, skipped = self.trainer(pixels, labels, fit.step + 1)
+        targets = None if self.targets is None else self.targets[items]
+        batch, record, skipped = self.trainer(pixels, labels, targets, fit.step + 1)
         epoch = fit.step // self.steps_per_epoch
         fit.step += 1
         history.steps.append({"step": fit.step, "epoch": epoch, **record})
         history.skipped_steps += skipped
-        fit.embeddings, fit.labels, fit.gradient = batch.embeddings, batch.labels, batch.gradient
+        _, fit.embeddings, fit.labels, fit.targets, fit.gradient = batch
         for callback in self.callbacks:
             callback.on_step(fit)
         return record

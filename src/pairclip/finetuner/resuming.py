@@ -23,6 +23,7 @@ from pairclip.checkpoints import (
     write_checkpoint,
 )
 from pairclip.finetuner.step import Trainer
+from pairclip.finetuner.targets import write_targets
 from pairclip.history import History
 
 
@@ -32,13 +33,11 @@ class Saver:
     def __init__(
         self,
         directory: Path,
-        *,
         every: int,
         keep: int,
         trainer: Trainer,
         fit: FitState,
         callbacks: Sequence[Callback],
-        identity: Mapping[str, Any],
     ) -> None:
         self.directory = directory
         self.every = every
@@ -46,49 +45,63 @@ class Saver:
         self.trainer = trainer
         self.fit = fit
         self.callbacks = callbacks
-        self.identity = dict(identity)
+        self.identity: dict[str, Any] = {}
         self._lock = ExitStack()
 
     def __enter__(self) -> None:
-        """Keep the lock that `resume` took."""
+        """Make the folder, and lock it against other fits.
+
+        Raises:
+            OSError: If the folder can't be made, or another fit writes into it.
+        """
+        if self.trainer.accelerator.is_main_process:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock.enter_context(
+                _files.locked(
+                    self.directory,
+                    "is the `checkpoint_dir` of another fit that goes on. Wait for its end, or "
+                    "choose another folder.",
+                )
+            )
 
     def __exit__(self, *_: object) -> None:
         self._lock.close()
 
-    def resume(self, *, wanted: bool) -> None:
-        """Lock the folder, and put everything where the newest whole checkpoint left it.
+    def newest(self, *, wanted: bool) -> Checkpoint | None:
+        """The newest whole checkpoint, on every process.
 
         Raises:
-            ValueError: If there are checkpoints and none is `wanted`, or the newest is of another
-                model, dataset or configuration.
-            OSError: If the folder can't be made, or another fit writes into it.
+            ValueError: If there are checkpoints and none is `wanted`.
         """
-        try:
-            if self.trainer.accelerator.is_main_process:
-                self.directory.mkdir(parents=True, exist_ok=True)
-                self._lock.enter_context(
-                    _files.locked(
-                        self.directory,
-                        "is the `checkpoint_dir` of another fit that goes on. Wait for its end, or "
-                        "choose another folder.",
-                    )
-                )
-                remove_leftovers(self.directory)
-            self._resume(wanted=wanted)
-        except BaseException:
-            self._lock.close()
-            raise
-
-    def _resume(self, *, wanted: bool) -> None:
+        if self.trainer.accelerator.is_main_process:
+            remove_leftovers(self.directory)
         checkpoint = self._newest()
-        if checkpoint is None:
-            return
-        if not wanted:
+        if checkpoint is not None and not wanted:
             raise ValueError(
                 f"`checkpoint_dir` '{self.directory}' has checkpoints up to step "
                 f"{checkpoint.step} already. Continue from them with resume=True, or choose "
                 "another folder."
             )
+        return checkpoint
+
+    def start(
+        self, checkpoint: Checkpoint | None, identity: Mapping[str, Any], targets: Tensor | None
+    ) -> None:
+        """Put everything where the checkpoint left it; or without one, keep the targets.
+
+        Args:
+            checkpoint: What `newest` gave.
+            identity: What must be the same in the run that it is of.
+            targets: Those that follow from the tower as it is now, if there are some.
+
+        Raises:
+            ValueError: If the checkpoint is of another run.
+        """
+        self.identity = dict(identity)
+        if checkpoint is None:
+            if targets is not None and self.trainer.accelerator.is_main_process:
+                write_targets(self.directory, targets)
+            return
         state = checkpoint.state()
         different = list(differences(state["identity"], self.identity))
         if different:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -16,6 +17,7 @@ OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["auto", "no", "bf16", "fp16"]
 LEARNING_RATE = 1e-5
+KEEP_CHECKPOINTS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,3 +76,52 @@ class Settings:
                 "for the default AdamW and would be ignored. Set them in the `optimizer` that you "
                 "give."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How long a fit is, and what it does beside its steps: arguments of `Finetuner.fit`.
+
+    Raises:
+        TypeError: If one is of the wrong kind.
+        ValueError: If one is out of range, or would be ignored.
+    """
+
+    epochs: int
+    max_steps: int | None
+    evaluates: bool
+    eval_every: int | None
+    checkpoint_dir: Path | None
+    checkpoint_every: int | None
+    keep_checkpoints: int
+    resume: bool
+    num_workers: int
+
+    def __post_init__(self) -> None:
+        _checks.check_positive_int("epochs", self.epochs)
+        if self.max_steps is not None:
+            _checks.check_positive_int("max_steps", self.max_steps)
+            if self.epochs != 1:
+                raise ValueError(
+                    f"`epochs` {self.epochs} would be ignored: `max_steps` is {self.max_steps}."
+                )
+        saves = self.checkpoint_dir is not None
+        _check_every("eval_every", self.eval_every, "eval_dataset", self.evaluates)
+        _check_every("checkpoint_every", self.checkpoint_every, "checkpoint_dir", saves)
+        _checks.check_positive_int("keep_checkpoints", self.keep_checkpoints)
+        _checks.check_count("num_workers", self.num_workers)
+        if self.keep_checkpoints != KEEP_CHECKPOINTS and not saves:
+            raise ValueError(
+                f"`keep_checkpoints` {self.keep_checkpoints} would be ignored: there is no "
+                "`checkpoint_dir`."
+            )
+        if self.resume and not saves:
+            raise ValueError("`resume` needs a `checkpoint_dir` to resume from.")
+
+
+def _check_every(name: str, every: int | None, needed: str, given: bool) -> None:
+    if every is None:
+        return
+    _checks.check_positive_int(name, every)
+    if not given:
+        raise ValueError(f"`{name}` {every} would be ignored: there is no `{needed}`.")

@@ -89,7 +89,9 @@ class Trainer:
                     f"batch, and {by} would divide it. {fix} in one process with whole batches."
                 )
 
-    def __call__(self, pixels: Tensor, labels: Tensor, step: int) -> StepResult:
+    def __call__(
+        self, pixels: Tensor, labels: Tensor, targets: Tensor | None, step: int
+    ) -> StepResult:
         """Train on this process's slice of batch number `step`, from 1.
 
         Raises:
@@ -107,6 +109,7 @@ class Trainer:
             self._on_batches,
             pixels,
             labels,
+            targets,
             parameters=self.parameters,
             accelerator=self.accelerator,
             micro_batch_size=settings.micro_batch_size,

@@ -17,10 +17,10 @@ from pairclip.losses.targets import as_targets, target_similarity_loss
 class PreservingLoss(nn.Module):
     """A loss, plus the distance of the embeddings from those of the untouched tower.
 
-    The targets are embeddings of the same images, made before the training:
-    ``targets=embed_images(tower, train)``. An image with the label -1 counts for the preserving
-    term alone, so images of no class, or of classes that are not to be trained, can be kept where
-    they are.
+    The targets are embeddings of the same images, made before the training; `Finetuner.fit` makes
+    them where it is given none. An image with the label -1 counts for the preserving term alone,
+    so images of no class, or of classes that are not to be trained, can be kept where they are:
+    ``fit(train, keep=images)``.
 
     Args:
         loss: Any loss on ``(embeddings, labels)``, of which it gets the rows with a label of 0 or
@@ -50,6 +50,7 @@ class PreservingLoss(nn.Module):
     """
 
     takes_targets = True
+    preserves = True
 
     def __init__(
         self,
