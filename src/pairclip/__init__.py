@@ -72,6 +72,14 @@ if TYPE_CHECKING:
         plot_retrieval as plot_retrieval,
         plot_similarity_matrix as plot_similarity_matrix,
     )
+    from pairclip.recipes import (
+        Recipe as Recipe,
+        RecipeComparison as RecipeComparison,
+        RecipeResult as RecipeResult,
+        compare_recipes as compare_recipes,
+        default_recipes as default_recipes,
+        tune as tune,
+    )
     from pairclip.report import (
         write_report as write_report,
         write_search_report as write_search_report,
@@ -146,6 +154,14 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
         "WeightAverage",
     ),
     "finetuner": ("Finetuner",),
+    "recipes": (
+        "Recipe",
+        "RecipeComparison",
+        "RecipeResult",
+        "compare_recipes",
+        "default_recipes",
+        "tune",
+    ),
     "index": ("ImageIndex", "Match"),
     "plots": (
         "plot_class_similarity",

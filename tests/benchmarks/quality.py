@@ -192,18 +192,20 @@ def train(
         groups += [{"params": own, "lr": 10 * rate}] if own else []
         return torch.optim.AdamW(groups, weight_decay=0.0)
 
+    kept: dict[str, Any] = {}
+    if objective.keep_share:
+        kept = {"keep": data.keep, "keep_share": objective.keep_share}
     if objective.matching is None:
         chosen = min(args.classes_per_batch, len(classes))
-        sampler: Any = pairclip.ClassBalancedSampler(
-            ids, chosen, args.batch_size // chosen, seed=seed
-        )
+        labelled = round((1 - objective.keep_share) * args.batch_size)
+        sampler: Any = pairclip.ClassBalancedSampler(ids, chosen, labelled // chosen, seed=seed)
     else:
         sampler = pairclip.PairSampler(
             ids, args.batch_size // 2, positive_fraction=objective.matching, seed=seed
         )
     pairclip.Finetuner(
         tuned, objective.loss, optimizer=optimizer, precision=args.precision, seed=seed
-    ).fit(train_set, sampler=sampler, max_steps=args.steps)
+    ).fit(train_set, sampler=sampler, max_steps=args.steps, **kept)
     return tuned
 
 

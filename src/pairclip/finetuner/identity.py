@@ -28,8 +28,8 @@ def config_of(trainer: Trainer, sampler: BatchSampler, kept: KeptDeck | None) ->
     """What a fit was asked for, as plain values."""
     settings = trainer.settings
     return {
-        "loss": _describe(trainer.loss),
-        "sampler": _describe(sampler),
+        "loss": describe(trainer.loss),
+        "sampler": describe(sampler),
         "batches per epoch": len(sampler),
         "steps": trainer.num_steps,
         "optimizer": type(trainer.optimizer).__qualname__,
@@ -99,7 +99,7 @@ def identity_of(
                     trainer.optimizer.param_groups, trainer.peak_rates, strict=True
                 )
             ],
-            "callbacks": [_describe(callback) for callback in callbacks],
+            "callbacks": [describe(callback) for callback in callbacks],
         },
     }
 
@@ -117,11 +117,11 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _describe(thing: Any) -> str:
+def describe(thing: Any) -> str:
     """Name and plain arguments of a loss, a sampler or a callback, whatever has become of it."""
     if isinstance(thing, partial):
         arguments = [*map(str, thing.args), *(f"{k}={v}" for k, v in thing.keywords.items())]
-        return f"partial({', '.join([_describe(thing.func), *arguments])})"
+        return f"partial({', '.join([describe(thing.func), *arguments])})"
     name = getattr(thing, "__qualname__", type(thing).__qualname__)
     if getattr(thing, "only_watches", False):
         return str(name)
@@ -144,7 +144,7 @@ def _arguments(thing: Any) -> Iterator[tuple[str, Any]]:
             # Not its seed: one that has drawn since then draws something else now.
             yield name, _digest({"state": value.get_state()})
         elif isinstance(value, Sampler):
-            yield name, _describe(value)
+            yield name, describe(value)
     if isinstance(thing, nn.Module):
         for name, child in thing.named_children():
-            yield name, _describe(child)
+            yield name, describe(child)

@@ -117,6 +117,19 @@ def objective(**options: Any) -> Method:
     return make
 
 
+def preserving(similarities: float, embeddings: float, keep_share: float = 0.0) -> Method:
+    """All pairs, squared, near what the untouched tower gives."""
+
+    def make(classes: int, width: int) -> Objective:
+        from pairclip import AllPairsCosineLoss, PreservingLoss
+
+        loss = AllPairsCosineLoss(negatives="squared", positive_fraction=0.2)
+        kept = PreservingLoss(loss, weight=similarities, what="similarities")
+        return Objective(PreservingLoss(kept, weight=embeddings), keep_share=keep_share)
+
+    return make
+
+
 def random_pairs(classes: int, width: int) -> Objective:
     """The plain formula on random pairs, of which one in ten match."""
     from pairclip import CosinePairLoss
@@ -125,6 +138,8 @@ def random_pairs(classes: int, width: int) -> Objective:
 
 
 OBJECTIVES: dict[str, Method] = {
+    "preserving": preserving(0.25, 0.15),
+    "preserving, a quarter to keep": preserving(0.25, 0.3, keep_share=0.25),
     "squared": objective(negatives="squared"),
     "hinge 0.2": objective(negatives="hinge", margin=0.2),
     "hinge 0.5": objective(negatives="hinge", margin=0.5),

@@ -26,10 +26,12 @@ class Objective(NamedTuple):
     Attributes:
         loss: Of embeddings and labels.
         matching: Share of matching pairs in batches of pairs; None for P x K.
+        keep_share: Share of a batch that are images to keep.
     """
 
     loss: Any
     matching: float | None = None
+    keep_share: float = 0.0
 
 
 # Makes a method's objective, from the number of classes and the width of the embeddings.
