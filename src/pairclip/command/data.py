@@ -76,7 +76,12 @@ def open_split(name: str, path: Path, args: argparse.Namespace) -> Split:
         return divide(parts["train"], parts[names[1]], said, args)
     if len(names) > 1:
         raise ValueError(f"{name} '{path}' has {' and '.join(names)}, but no train to train on.")
-    return divide(*_random_parts(parts[names[0]], args), args)
+    return split_at_random(parts[names[0]], args)
+
+
+def split_at_random(images: pairclip.LabelledImages, args: argparse.Namespace) -> Split:
+    """Hold out --test-fraction of each class, then what else the arguments say."""
+    return divide(*_random_parts(images, args), args)
 
 
 def open_parts(

@@ -50,7 +50,7 @@ def open_run(
     folder.mkdir(parents=True, exist_ok=True)
     run = {
         "made": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "command": f"pairclip {args.subcommand}",
+        "command": args.subcommand,
         "arguments": {
             key: str(value) if isinstance(value, Path) else value
             for key, value in vars(args).items()

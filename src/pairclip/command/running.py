@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
             name, help=description, description=description, formatter_class=HelpFormatter
         )
         module.add_arguments(part)
-        part.set_defaults(run=module.run, subcommand=name)
+        part.set_defaults(run=module.run, subcommand=f"pairclip {name}")
     return whole
 
 

@@ -46,10 +46,7 @@ def run(args: argparse.Namespace) -> None:
             f"INDEX '{args.index}' is no index. Make one: pairclip index MODEL FOLDER --output "
             f"{args.index}"
         )
-    for query in args.queries:
-        if not query.is_file():
-            what = "is a folder" if query.is_dir() else "does not exist"
-            raise ValueError(f"QUERY '{query}' {what}. Give an image.")
+    check_queries(args.queries)
     if args.html is not None and args.html.exists() and not args.html.is_dir():
         raise ValueError(f"--html '{args.html}' is a file. Give a folder for the page.")
     contents = read_contents(args.index)
@@ -66,6 +63,14 @@ def run(args: argparse.Namespace) -> None:
         page = write_page(args.html, args.queries, answers, len(index), model)
         if not args.json:
             print(f"\nTo look at: {page}")
+
+
+def check_queries(queries: list[Path]) -> None:
+    """Raise where one is not there."""
+    for query in queries:
+        if not query.is_file():
+            what = "is a folder" if query.is_dir() else "does not exist"
+            raise ValueError(f"QUERY '{query}' {what}. Give an image.")
 
 
 def search(

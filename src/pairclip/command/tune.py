@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import pairclip
@@ -297,7 +298,7 @@ def _draw(
     say: Any,
 ) -> None:
     """The pictures; what can't be drawn is said."""
-    below = f"\n({note})" if note else ""
+    below = f"\n({shorten(note, 60, placeholder='…')})" if note else ""
     try:
         for when, evaluation in (("before", before), ("after", after)):
             pairclip.plot_similarity_matrix(

@@ -78,7 +78,8 @@ class Loop:
         with bar:
             for pixels, labels, items in () if self._over() else batches:
                 record = self._step(pixels, labels, items)
-                bar.set_postfix(loss=f"{record['loss']:.4f}", rate=f"{record['learning_rate']:.1e}")
+                loss, rate = f"{record['loss']:.4f}", f"{record['learning_rate']:.1e}"
+                bar.set_postfix(loss=loss, rate=rate, refresh=False)
                 bar.update()
                 if self._agree():
                     self._save()
