@@ -396,7 +396,7 @@ def test_what_is_saved_is_loaded_again(family: str, tmp_path: Path) -> None:
     tower.train().save_pretrained(str(target))
     assert tower.training
     written = {path.name for path in target.iterdir()}
-    assert written == {"config.json", "model.safetensors", "preprocessor_config.json"}
+    assert written >= {"config.json", "model.safetensors", "preprocessor_config.json"}
     assert [path.name for path in target.parent.iterdir()] == ["tower"]
     # `transformers` 4 knows the weights by these names only.
     names = load_file(target / "model.safetensors")
@@ -533,15 +533,15 @@ def test_damaged_weights(folder: Path) -> None:
 
 def test_damaged_or_foreign_configs(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": ')
-    with pytest.raises(ValueError, match=r"config\.json' is not valid JSON") as caught:
+    with pytest.raises(ValueError, match=r"config\.json' is damaged: it is not valid") as caught:
         load_tower(folder)
     assert isinstance(caught.value.__cause__, json.JSONDecodeError)
     for model_type in ("bert", "unheard_of", None):
         (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
-        with pytest.raises(ValueError, match=rf"is of model type {model_type!r}; .*SigLIP \(sigl"):
+        with pytest.raises(ValueError, match=rf"is of model type {model_type!r}, .*of images"):
             load_tower(folder)
     (folder / "config.json").write_text('{"model_type": "siglip2"}')
-    with pytest.raises(ValueError, match=r"NaFlex\) is not supported: use .*fixed resolution"):
+    with pytest.raises(ValueError, match=r"NaFlex\), which is not supported: use .*fixed"):
         load_tower(folder)
 
 
@@ -589,33 +589,6 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert time.monotonic() - start < 10
 
 
-def test_an_id_loads_from_the_hub_snapshot(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def snapshot(source: str, *, allow_patterns: list[str]) -> str:
-        asked.append((source, allow_patterns))
-        return str(folder)
-
-    monkeypatch.setattr("pairclip.towers.loading.snapshot_download", snapshot)
-    expected = load_tower(folder)(batch())
-    assert torch.equal(load_tower("nobody/nothing")(batch()), expected)
-    assert asked[0][0] == "nobody/nothing"
-    assert not any(".bin" in pattern for pattern in asked[0][1])
-
-    # Without safetensors on the main branch, `transformers` looks for converted ones.
-    (folder / "model.safetensors").unlink()
-    calls = []
-
-    def from_pretrained(source: str, **options: object) -> None:
-        calls.append((source, options["use_safetensors"]))
-        raise OSError("nothing converted")
-
-    monkeypatch.setattr(CLIPVisionModelWithProjection, "from_pretrained", from_pretrained)
-    with pytest.raises(OSError, match=r"'nobody/nothing' is no folder .* \(nothing converted\)"):
-        load_tower("nobody/nothing")
-    assert calls == [("nobody/nothing", True)]
-
-
 # Objects that cannot be wrapped, and those that can
 
 
@@ -623,7 +596,7 @@ def test_model_objects_of_other_families_are_refused() -> None:
     config = BertConfig(
         hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9
     )
-    with pytest.raises(ValueError, match=r"`source` BertModel is of model type 'bert'; .*CLIP"):
+    with pytest.raises(ValueError, match=r"`source` BertModel is of model type 'bert', .*CLIP"):
         load_tower(BertModel(config))
 
 
@@ -677,7 +650,7 @@ def test_any_module_with_a_preprocess_is_a_tower(own: bool) -> None:
     assert torch.equal(tower.preprocess(noise("L")), to_pixels(noise("L").convert("RGB")))
     assert torch.equal(tower(batch(6)), module(batch(6)))
     assert {id(p) for p in tower.parameters()} == {id(p) for p in module.parameters()}
-    with pytest.raises(NotImplementedError, match="CLIP and SigLIP towers have it"):
+    with pytest.raises(NotImplementedError, match="of transformers, open_clip and timm have it"):
         tower.save_pretrained("anywhere")
 
 
@@ -691,7 +664,7 @@ def test_a_module_can_use_an_image_processor_of_transformers() -> None:
 def test_modules_that_are_no_tower() -> None:
     with pytest.raises(ValueError, match=r"`source` Encoder has no `preprocess`. Pass `image_proc"):
         load_tower(Encoder())
-    with pytest.raises(ValueError, match="`image_size` 64 would be ignored: only CLIP and SigLIP"):
+    with pytest.raises(ValueError, match="`image_size` 64 would be ignored: pairclip does"):
         load_tower(Encoder(), image_processor=to_pixels, image_size=64)
     with pytest.raises(ValueError, match=r"into a float tensor \[3, S, S\], got torch.uint8 \[3, "):
         load_tower(Encoder(), image_processor=lambda image: to_pixels(image).byte())

@@ -28,6 +28,7 @@ TINY = {
     "resume": "--runs 1 --kills 1",
     "retrieval": "--sizes small --small 200 --width 8 --turns-seconds 0 --only 'pairclip metrics' "
     "'PML metrics'",
+    "towers": "--check --only CLIP",
     "samplers": "--labels 4000 --many 8000 --pass-seconds 0.01",
 }
 

@@ -68,7 +68,8 @@ class Checkpoint:
             ValueError: If a weight is missing or of another shape in `tower`; it is then unchanged.
         """
         tower = adapters.without_wrapper(tower)
-        copy_into(dict(tower.named_parameters()) | dict(tower.named_buffers()), self.weights())
+        weights = dict(tower.named_parameters()) | dict(tower.named_buffers())
+        copy_into({adapters.plain_name(n): w for n, w in weights.items()}, self.weights())
 
     def weights(self) -> dict[str, Tensor]:
         """Trained parameters and buffers of the tower, by name."""

@@ -13,12 +13,13 @@ from pairclip.towers import adapters
 def trained_tensors(tower: nn.Module) -> dict[str, Tensor]:
     """What training changes in a tower: trainable parameters and saved buffers, by name.
 
-    The names are those in the tower itself, where PEFT wrapped it.
+    The names are those in the tower itself, where PEFT or `torch.compile` wrapped it.
     """
     tower = adapters.without_wrapper(tower)
     saved = tower.state_dict(keep_vars=True).keys()
     buffers = {name: buffer for name, buffer in tower.named_buffers() if name in saved}
-    return {name: p for name, p in tower.named_parameters() if p.requires_grad} | buffers
+    weights = {name: p for name, p in tower.named_parameters() if p.requires_grad} | buffers
+    return {adapters.plain_name(name): weight for name, weight in weights.items()}
 
 
 def copy_into(targets: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:

@@ -28,7 +28,8 @@ def load_model(
     import torch
 
     folder = Path(source)
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    configs = ("config.json", "open_clip_config.json", "modules.json")
+    if folder.is_dir() and not any((folder / name).is_file() for name in configs):
         inside = [each for each in ("tower", "model") if (folder / each / "config.json").is_file()]
         cure = (
             f"Give '{folder / inside[0]}'."

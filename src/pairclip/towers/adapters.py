@@ -8,16 +8,42 @@ from typing import Any
 
 from torch import nn
 
+_COMPILED = "_orig_mod"  # what `torch.compile` calls the module in what it returns
 # How PEFT merges `modules_to_save`, and layers that their parent merges.
 _OWN_WAY = "unload_and_optionally_merge_module"
 
 
 def without_wrapper(model: Any) -> Any:
-    """The model that a `peft.PeftModel` wraps, adapters still inside; another model as it is."""
+    """The model in a `peft.PeftModel` (adapters still inside) or in what `torch.compile` returned.
+
+    Another model as it is.
+    """
     # Who has such a model has imported PEFT; it is optional, and no one else needs it.
     peft = sys.modules.get("peft")
-    wrapped = peft is not None and isinstance(model, (peft.PeftModel, peft.PeftMixedModel))
-    return model.base_model.model if wrapped else model
+    while True:
+        if peft is not None and isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
+            model = model.base_model.model
+        elif isinstance(model, nn.Module) and _COMPILED in model._modules:
+            model = model._modules[_COMPILED]
+        else:
+            return model
+
+
+def plain_name(name: str) -> str:
+    """Name of a weight without what `torch.compile` puts into it."""
+    return name.replace(f"{_COMPILED}.", "")
+
+
+def uncompiled(model: Any) -> Any:
+    """The model with the modules that `torch.compile` returned replaced by those within."""
+    model = without_wrapper(model)
+    if not any(_COMPILED in part._modules for part in model.modules()):
+        return model
+    other = copy.copy(model)
+    other._modules = {
+        name: None if child is None else uncompiled(child) for name, child in model._modules.items()
+    }
+    return other
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -31,8 +57,8 @@ def merged(model: nn.Module) -> nn.Module:
     A model without adapters is returned as it is. One that has them isn't changed: a copy is.
     """
     if not has_adapters(model):
-        return model
-    model = copy.deepcopy(without_wrapper(model))
+        return uncompiled(model)  # type: ignore[no-any-return]
+    model = copy.deepcopy(uncompiled(model))
     _merge_within(model)
     return model
 

@@ -40,8 +40,8 @@ class Body(nn.Module):
         return [row[name] for name in known.names]
 
     def _bare(self) -> nn.Module:
-        """The model itself, where PEFT wrapped it; adapters are still inside."""
-        model: nn.Module = adapters.without_wrapper(self.model)
+        """The model itself, where PEFT or `torch.compile` wrapped it; adapters are still inside."""
+        model: nn.Module = adapters.uncompiled(self.model)
         return model
 
     def _anatomy(self) -> Anatomy:
@@ -56,7 +56,8 @@ class Body(nn.Module):
 
     def _grey(self, count: int) -> Tensor:
         """Pixel values of grey images, of the model's type, where the model is."""
-        like = next((p for p in self.model.parameters() if p.is_floating_point()), torch.empty(0))
+        weights = (*self.model.parameters(), *self.model.buffers())
+        like = next((p for p in weights if p.is_floating_point()), torch.empty(0))
         return like.new_zeros(count, 3, self.image_size, self.image_size)
 
     def _depths(self) -> dict[str, int]:
@@ -65,6 +66,15 @@ class Body(nn.Module):
         depths = self._anatomy().depths(bare)
         of = {parameter: depths[name] for name, parameter in bare.items()}
         return {name: of[parameter] for name, parameter in self.named_parameters()}
+
+    def _no_decay(self) -> set[str]:
+        """Parameters to which their library gives no weight decay, tables of positions say."""
+        return {
+            f"model.{path}.{name}".replace("..", ".")
+            for path, part in self._bare().named_modules()
+            if callable(declared := getattr(part, "no_weight_decay", None))
+            for name in declared()
+        }
 
     def _projection(self) -> list[nn.Parameter]:
         """Parameters of the linear map that comes last, or a ValueError that says what does."""

@@ -9,15 +9,15 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from pairclip.towers.transformers_tower import TransformersTower
+from pairclip.towers.contrastive import ContrastiveTower
 
 
-class CLIPTower(TransformersTower):
+class CLIPTower(ContrastiveTower):
     """Embeds with the projection where the model has one, else with its pooled output."""
 
     family = "CLIP"
     model_types = ("clip", "clip_vision_model")
-    model_classes = (CLIPModel, CLIPVisionModelWithProjection, CLIPVisionModel)
+    whole_class = CLIPModel
 
     @classmethod
     def vision_class(cls, config: Any) -> Any:

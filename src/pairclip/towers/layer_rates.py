@@ -24,7 +24,8 @@ def layer_decay(
             trainable parameters are in the groups, each once.
         rate: Learning rate of what comes after the last block.
         decay: Factor from one layer to the one before, in ``(0, 1]``; BEiT takes 0.65 to 0.85.
-        weight_decay: Decay of weight matrices; biases, norms and other vectors get none.
+        weight_decay: Decay of weight matrices; biases, norms and other vectors get none, nor
+            does what the model names in its `no_weight_decay()`, as those of timm do.
 
     Returns:
         Groups for any optimizer, last layers first, with ``params``, ``lr``, ``weight_decay`` and
@@ -58,11 +59,12 @@ def layer_decay(
     tower = tower_of(tower)
     depths = tower._depths()
     after = len(tower.blocks) + 1
+    undecayed = tower._no_decay()
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in tower.named_parameters():
         if not parameter.requires_grad:
             continue
-        depth, is_matrix = depths[name], parameter.ndim >= 2
+        depth, is_matrix = depths[name], parameter.ndim >= 2 and name not in undecayed
         place = {0: "before", after: "after"}.get(depth, f"block {depth}")
         group = groups.setdefault(
             (depth, is_matrix),

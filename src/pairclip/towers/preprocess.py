@@ -79,14 +79,20 @@ def grey_image(width: int, height: int) -> Image.Image:
 
 
 def at_size(image_processor: Any, image_size: int) -> Any:
-    """A copy of an image processor of `transformers` that makes images of `image_size`."""
+    """A copy of an image processor of `transformers` that makes images of `image_size`.
+
+    What it resizes to before it crops grows by the same factor.
+    """
     settings = image_processor.to_dict()
-    sizes = {
-        name: {side: image_size for side, length in dict(settings[name]).items() if length}
-        for name in ("size", "crop_size")
-        if settings.get(name)
+    sizes = {name: settings.get(name) for name in ("size", "crop_size")}
+    last = sizes["crop_size"] if settings.get("do_center_crop") else sizes["size"]
+    old = max(length for length in dict(last or sizes["size"]).values() if length)
+    scaled = {
+        name: {side: round(n * image_size / old) for side, n in dict(size).items() if n}
+        for name, size in sizes.items()
+        if size
     }
-    return type(image_processor).from_dict(settings, **sizes)
+    return type(image_processor).from_dict(settings, **scaled)
 
 
 def described(transform: Any) -> str:

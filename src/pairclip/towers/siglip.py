@@ -4,15 +4,15 @@ from typing import Any
 
 from transformers import SiglipImageProcessor, SiglipModel, SiglipVisionModel
 
-from pairclip.towers.transformers_tower import TransformersTower
+from pairclip.towers.contrastive import ContrastiveTower
 
 
-class SiglipTower(TransformersTower):
+class SiglipTower(ContrastiveTower):
     """Embeds with the output of the attention pooling head."""
 
     family = "SigLIP"
     model_types = ("siglip", "siglip_vision_model")
-    model_classes = (SiglipModel, SiglipVisionModel)
+    whole_class = SiglipModel
 
     @classmethod
     def vision_class(cls, config: Any) -> Any:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import os
-import shutil
+import json
 import sys
-import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,77 +12,75 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import ImageProcessingMixin
+from transformers import MODEL_MAPPING, AutoModel, ImageProcessingMixin
 from transformers.utils import logging
 
-from pairclip.towers import adapters, resizing
+from pairclip.towers import resizing, sentence_transformers
+from pairclip.towers.measuring import measure
+from pairclip.towers.modes import evaluating
 from pairclip.towers.preprocess import Preprocess, at_size, grey_image
 from pairclip.towers.vision_tower import VisionTower
 
-# Settings that decide what the same weights give.
-_SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads", "patch_size", "image_size")
+# Settings that say where a model comes from or how it runs, not what it gives.
+_ELSEWHERE = {
+    *("transformers_version", "torch_dtype", "dtype", "architectures", "use_cache", "model_type"),
+    *("output_attentions", "output_hidden_states", "return_dict", "initializer_range"),
+}
 
 
 class TransformersTower(VisionTower):
-    """A tower whose model is of a family that `transformers` loads and saves."""
+    """Embeds with the image features, the image embeddings or the pooled output of a model."""
 
-    family: ClassVar[str]
-    model_types: ClassVar[tuple[str, ...]]
-    model_classes: ClassVar[tuple[Any, ...]]  # the whole model first
+    family: ClassVar[str] = "transformers"
+    model_types: ClassVar[tuple[str, ...]] = ()
+    # Settings that decide what the same weights give; all of them where none are named.
+    deciding: ClassVar[tuple[str, ...]] = ()
+    whole: tuple[Any, ...] = ()  # the model that it is a part of; in a tuple, to own nothing
 
-    def __init__(self, model: Any, image_processor: Any) -> None:
-        projected = hasattr(model, "visual_projection")
-        super().__init__(
-            model,
-            Preprocess(image_processor),
-            embedding_dim=model.config.projection_dim if projected else model.config.hidden_size,
-            image_size=model.config.image_size,
-        )
-        self.image_processor = image_processor
+    @property
+    def image_processor(self) -> Any:
+        """The image processor of `transformers`."""
+        return self.preprocess.transform  # type: ignore[attr-defined]
 
     @classmethod
     def vision_class(cls, config: Any) -> Any:
-        """Class of the image tower of a model with this `config`."""
-        raise NotImplementedError
+        """Class of the model to load for this `config`."""
+        named = getattr(transformers, (config.architectures or [""])[0], None)
+        # AutoModel takes the projection off a model of images alone.
+        keeps = "WithProjection" in str(named) or hasattr(named, "get_image_features")
+        return named if keeps or type(config) not in MODEL_MAPPING else AutoModel
 
     @classmethod
     def default_image_processor(cls, image_size: int) -> Any:
-        """What the family does to an image, at `image_size`."""
-        raise NotImplementedError
+        """What the family does to an image, at `image_size`; None where it isn't known."""
+        return None
 
     @classmethod
     def vision_config(cls, config: Any) -> Any:
-        """Settings of the image tower alone, from those of a whole model or of a tower."""
-        if not hasattr(config, "vision_config"):
-            return config
-        vision = copy.deepcopy(config.vision_config)
-        if hasattr(config, "projection_dim"):
-            # The nested one is unused by a whole model, and left at 512 by many.
-            vision.projection_dim = config.projection_dim
-        return vision
+        """Settings to load the model with."""
+        return config
 
     @classmethod
     def from_model(
         cls, model: Any, image_processor: Any, *, image_size: int | None
     ) -> TransformersTower:
-        """Wrap a model of the family, changed in place to run at `image_size`."""
-        config = cls.vision_config(model.config)
-        if not getattr(config, "vision_use_head", True):
-            raise ValueError(
-                "`source` has no pooling head (`vision_use_head` is False), so it does not embed "
-                "images. Use a checkpoint that has one."
-            )
+        """Wrap a model, changed in place to run at `image_size`."""
+        _check_takes_images(model)
+        config = getattr(model.config, "vision_config", model.config)
+        own_size: Any = getattr(config, "image_size", None)
+        size: Any = own_size if image_size is None else image_size
         if image_size is not None:
-            resizing.check_image_size(image_size, config.patch_size)
-        size = config.image_size if image_size is None else image_size
-        if image_processor is None:
+            patch = getattr(config, "patch_size", 1)
+            resizing.check_image_size(image_size, patch if isinstance(patch, int) else max(patch))
+        if image_processor is None and (default := cls.default_image_processor(size)) is not None:
             warnings.warn(
                 f"No image processor came with {type(model).__name__}: using the default one of "
                 f"{cls.family} at {size} x {size} pixels. Pass `image_processor` to choose.",
                 stacklevel=3,
             )
-            image_processor = cls.default_image_processor(size)
+            image_processor = default
         if not isinstance(image_processor, ImageProcessingMixin):
             raise TypeError(
                 f"`image_processor` of a {cls.family} model must be an image processor of "
@@ -92,84 +88,115 @@ class TransformersTower(VisionTower):
             )
         if image_size is not None:
             image_processor = at_size(image_processor, image_size)
-        _check_output_size(image_processor, size)
-        if size != config.image_size:
-            resizing.resize(model, size)
-        if isinstance(model, cls.model_classes[0]):
+        if cls.model_types:  # others may take several sizes, and theirs is what is made for them
+            _check_output_size(image_processor, size)
+        if image_size is not None and image_size != own_size:
+            resizing.resize(model, image_size)
+        tower = cls._of(model, image_processor)
+        if hasattr(model, "get_image_features"):
             warnings.warn(
                 f"Training changes only the image tower of this {type(model).__name__}: its texts "
                 "and the tuned images drift apart. Don't compare them after training.",
                 stacklevel=3,
             )
-            model = cls._image_part(model)
-        return cls(model, image_processor)
+        return tower
+
+    @classmethod
+    def _of(cls, model: Any, image_processor: Any) -> TransformersTower:
+        part, preprocess = cls._image_part(model), Preprocess(image_processor)
+        embedding_dim, size = measure(part, preprocess, cls._encode)
+        tower = cls(part, preprocess, embedding_dim=embedding_dim, image_size=size)
+        if part is not model:
+            tower.whole = (model,)
+        return tower
 
     @classmethod
     def _image_part(cls, model: Any) -> Any:
-        """The image tower of a whole model, sharing its modules."""
-        with torch.device("meta"):
-            tower = cls.vision_class(model.config)(cls.vision_config(model.config))
-        for name, _ in list(tower.named_children()):
-            # From transformers 5, a whole SiglipModel holds its tower one level down.
-            setattr(
-                tower, name, getattr(model if hasattr(model, name) else model.vision_model, name)
-            )
-        tower.training = model.training
-        return tower
+        """Of a model with texts, a view with only those children that an image goes through."""
+        if not hasattr(model, "get_image_features"):
+            return model
+        called: list[str] = []
+        hooks = [
+            child.register_forward_hook(lambda *_, name=name: called.append(name))
+            for name, child in model.named_children()
+        ]
+        config = getattr(model.config, "vision_config", model.config)
+        side = getattr(config, "image_size", 224)
+        like = next(model.parameters())
+        try:
+            with torch.no_grad(), evaluating(model):
+                cls._encode(model, like.new_zeros(1, 3, side, side))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        part = copy.copy(model)
+        part._parameters = {}
+        part._modules = {name: child for name, child in model._modules.items() if name in called}
+        for name, child in model._modules.items():
+            if name not in called:
+                part.__dict__[name] = child
+        return part
 
     @staticmethod
     def _encode(model: Any, pixel_values: Tensor) -> Tensor:
-        output = model(pixel_values=pixel_values)
-        embeddings: Tensor = output["image_embeds" if "image_embeds" in output else "pooler_output"]
-        return embeddings
-
-    def _saved_name(self, name: str) -> str:
-        # transformers 4 knows the weights by this prefix only, 5 by both names.
-        return name if hasattr(self._bare(), "vision_model") else f"vision_model.{name}"
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the image tower and its image processor, for `transformers` and `load_tower`.
-
-        Adapters of PEFT are merged into the weights that are written; the tower keeps them.
-        All is written into a folder of another name first, so a failure leaves no half-written
-        model. In a folder that exists, files of the same name are replaced and others stay.
-
-        Args:
-            folder: Where to write; made if it is missing.
-
-        Raises:
-            FileExistsError: If `folder` is a file.
-        """
-        folder = Path(folder).absolute()
-        if folder.is_file():
-            raise FileExistsError(f"`folder` must be a folder, got the file '{folder}'.")
-        # Where `folder` exists it may be the only one here on its disk, so the inside is used.
-        parent = folder if folder.exists() else folder.parent
-        unfinished = parent / f".{folder.name}.{uuid.uuid4().hex}"
-        model = adapters.without_wrapper(self.model)
-        weights = self._merged_weights()
-        try:
-            unfinished.mkdir(parents=True)
-            with quiet():
-                # One file, since an old `model.safetensors` is preferred to new shards beside it.
-                model.save_pretrained(unfinished, state_dict=weights, max_shard_size="1000GB")
-            self.image_processor.save_pretrained(unfinished)
-            # safetensors leaves a file that only its owner can read
-            mode = (unfinished / "config.json").stat().st_mode
-            for file in unfinished.glob("*.safetensors"):
-                file.chmod(mode)
-            if folder.exists():
-                for file in unfinished.iterdir():
-                    os.replace(file, folder / file.name)
-            else:
-                os.replace(unfinished, folder)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        whole = hasattr(model, "get_image_features")
+        output = (model.get_image_features if whole else model)(pixel_values=pixel_values)
+        if isinstance(output, Tensor):
+            return output
+        for name in ("image_embeds", "pooler_output"):
+            if output.get(name) is not None:
+                embeddings: Tensor = output[name]
+                return embeddings.flatten(1)
+        raise ValueError(
+            f"{type(model).__name__} gives neither `image_embeds` nor `pooler_output`: it has no "
+            "pooling head. Use a checkpoint that has one, or wrap it in a module that pools its "
+            "`last_hidden_state` into [B, D]."
+        )
 
     def _model_settings(self) -> str:
         config: Any = self._bare().config
-        own = {name: getattr(config, name) for name in _SETTINGS}
-        return f"{own} "
+        if self.deciding:
+            return f"{ {name: getattr(config, name) for name in self.deciding} } "
+        own = getattr(config, "vision_config", config).to_dict()
+        kept = {k: v for k, v in own.items() if k not in _ELSEWHERE and not k.startswith("_")}
+        return f"{type(self._bare()).__name__} {json.dumps(kept, sort_keys=True, default=str)} "
+
+    def _check_savable(self) -> None:
+        pass  # `transformers` saves all its models
+
+    def _write(self, folder: Path) -> None:
+        whole, weights = (*self.whole, self._bare())[0], self._merged_weights()
+        if self.whole:
+            weights = {**whole.state_dict(), **weights}
+        with quiet():
+            # One file, since an old `model.safetensors` is preferred to new shards beside it.
+            whole.save_pretrained(folder, state_dict=weights, max_shard_size="1000GB")
+        self.image_processor.save_pretrained(folder)
+        sentence_transformers.describe(self, folder)
+
+
+def _check_takes_images(model: Any) -> None:
+    if getattr(model, "main_input_name", "") != "pixel_values" and not hasattr(
+        model, "get_image_features"
+    ):
+        raise ValueError(unsupported(type(model).__name__, model.config.model_type))
+    if model.config.model_type.startswith("siglip2"):
+        raise ValueError(unsupported(type(model).__name__, model.config.model_type))
+
+
+def unsupported(name: str, model_type: str | None) -> str:
+    """Why a model is no image tower, and what to do."""
+    message = f"`source` {name} is of model type {model_type!r}, "
+    if str(model_type).startswith("siglip2"):
+        return message + (
+            "SigLIP 2 with native aspect ratio (NaFlex), which is not supported: use a checkpoint "
+            "of fixed resolution, such as 'google/siglip2-base-patch16-224'."
+        )
+    return message + (
+        "which this version of transformers does not know as a model of images. Towers are loaded "
+        "from CLIP, SigLIP, DINOv2, ViT and the like. Wrap another model in a module of its own "
+        "and pass `image_processor`."
+    )
 
 
 @contextmanager

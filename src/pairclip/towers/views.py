@@ -53,7 +53,8 @@ def restricted(
         path = dot + name
         within = [] if child is None else [f"{path}.{n}" for n, _ in child.named_parameters()]
         if not within or holds_stand(path) or any(map(belongs, within)):
-            other._modules[name] = child and restricted(child, belongs, stands, path)
+            inside = None if child is None else restricted(child, belongs, stands, path)
+            other._modules[name] = inside
         elif isinstance(module, (nn.Sequential, nn.ModuleList)):
             other._modules[name] = _Unregistered(child)
         else:

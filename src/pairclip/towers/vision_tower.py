@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -10,15 +9,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from pairclip._files import bytes_of
 from pairclip.towers import adapters, freezing
-from pairclip.towers.body import Body
 from pairclip.towers.modes import evaluating
-from pairclip.towers.preprocess import described
 from pairclip.towers.splitting import Section, split
+from pairclip.towers.stored import Stored
 
 
-class VisionTower(Body):
+class VisionTower(Stored):
     """An image encoder together with the preprocessing that it was trained with.
 
     Made by `load_tower`. Calling it takes pixel values ``[B, 3, H, W]`` and gives embeddings
@@ -45,8 +42,6 @@ class VisionTower(Body):
         >>> tower.preprocess(Image.new("L", (40, 30))).shape
         torch.Size([3, 8, 8])
     """
-
-    preprocess: Callable[[Any], Tensor]
 
     def __init__(
         self,
@@ -147,62 +142,6 @@ class VisionTower(Body):
         """What the tower takes, of two images that are no plain grey."""
         noise = torch.rand(self._grey(2).shape, generator=torch.Generator().manual_seed(0))
         return noise.to(self._grey(1))
-
-    def fingerprint(self) -> str:
-        """SHA-256 of all that decides an embedding: weights, settings and preprocessing.
-
-        The same in every process, on every device and after `save_pretrained` and `load_tower`
-        (which loads in float32). Adapters of PEFT count as merged. A plain transform is known by
-        its ``repr``.
-
-        Returns:
-            64 hexadecimal digits.
-
-        Example:
-            >>> from torch import nn
-            >>> from torchvision import transforms
-            >>> from pairclip import load_tower
-            >>> tower = load_tower(nn.Flatten(), image_processor=transforms.ToTensor())
-            >>> len(tower.fingerprint())
-            64
-        """
-        digest = hashlib.sha256(self.settings().encode())
-        for name, value in sorted(self._merged_weights().items()):
-            digest.update(f"\n{name} {value.dtype} {list(value.shape)}\n".encode())
-            digest.update(bytes_of(value))
-        return digest.hexdigest()
-
-    def _merged_weights(self) -> dict[str, Tensor]:
-        """What `save_pretrained` writes: plain names, with adapters of PEFT merged."""
-        return {
-            self._saved_name(name): value
-            for name, value in adapters.merged(self.model).state_dict().items()
-        }
-
-    def _saved_name(self, name: str) -> str:
-        """What `save_pretrained` calls a weight of the model."""
-        return name
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write a folder that `transformers` and `load_tower` load again.
-
-        Args:
-            folder: Where to write; made if it is missing.
-
-        Raises:
-            NotImplementedError: For a tower that is neither CLIP nor SigLIP.
-        """
-        raise NotImplementedError(
-            f"A tower around {type(self.model).__name__} has no `save_pretrained`: CLIP and SigLIP "
-            "towers have it. Save this one with `safetensors.torch.save_model(tower, path)`."
-        )
-
-    def settings(self) -> str:
-        """What decides an embedding beside the weights."""
-        return self._model_settings() + described(self.preprocess)
-
-    def _model_settings(self) -> str:
-        return ""
 
 
 class _Half(VisionTower):

@@ -1,0 +1,161 @@
+"""A tower as an ONNX file, with a proof that it computes the same."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.onnx.errors import OnnxExporterError
+
+from pairclip._files import whole_file, write_json
+from pairclip.towers import adapters
+from pairclip.towers.modes import evaluating
+from pairclip.towers.optional import needs
+from pairclip.towers.preprocess import described
+
+if TYPE_CHECKING:
+    from pairclip.towers.stored import Stored
+
+_DTYPES = {torch.float32: 1e-4, torch.float16: 2e-2}  # how far embeddings may be apart
+_OPSET = 18
+
+
+class _Encoder(nn.Module):
+    """The tower as one module from pixel values to embeddings of float32."""
+
+    def __init__(self, tower: Stored, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = adapters.merged(tower.model)
+        self._encode, self._dtype = tower._encode, dtype
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self._encode(self.model, pixel_values.to(self._dtype)).float()
+
+
+def export_onnx(
+    tower: Stored,
+    path: str | os.PathLike[str],
+    *,
+    images: Sequence[Image.Image] | None,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Write as `VisionTower.export_onnx` says."""
+    needs("onnx", "onnx")
+    needs("onnxruntime", "onnx")
+    if dtype not in _DTYPES:
+        raise ValueError(f"`dtype` must be torch.float32 or torch.float16, got {dtype}.")
+    path = Path(path)
+    if path.suffix != ".onnx":
+        raise ValueError(f"`path` must end with .onnx, got '{path}'.")
+    pixels = torch.stack([tower.preprocess(image) for image in images or _noise()])
+    with torch.no_grad(), evaluating(tower):
+        like = next(tower.parameters())
+        expected = tower(pixels.to(like.device, like.dtype)).float().cpu()
+    content = _graph(tower, pixels, dtype)
+    embeddings = _run(content, pixels)
+    apart = float((embeddings - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+    if not apart <= _DTYPES[dtype]:
+        raise ValueError(
+            f"The exported model's embeddings are {apart:.2g} of the largest value away from the "
+            f"tower's, more than {_DTYPES[dtype]:g}, so no file was written."
+            + " Export in torch.float32."
+            * (dtype == torch.float16)
+        )
+    report = {
+        "format": "pairclip onnx 1",
+        "input": {
+            "name": "pixel_values",
+            "shape": ["batch", 3, *[tower.image_size] * 2],
+        },
+        "output": {"name": "embeddings", "shape": ["batch", tower.embedding_dim]},
+        "preprocessing": described(tower.preprocess),
+        "fingerprint": tower.fingerprint(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "parity": {"images": len(pixels), "largest_difference": apart},
+    }
+    with whole_file(path) as file:
+        file.write(content)
+    write_json(path.with_suffix(".json"), report, indent=2)
+    print(f"'{path}': embeddings of {len(pixels)} images differ by at most {apart:.1e}.")
+    return report
+
+
+def _graph(tower: Stored, pixels: Tensor, dtype: torch.dtype) -> bytes:
+    encoder: Any = _Encoder(tower, dtype)
+    if dtype != torch.float32 or any(p.dtype != dtype for p in encoder.parameters()):
+        encoder = copy.deepcopy(encoder).to(dtype)
+    buffer: Any = io.BytesIO()
+    device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
+    with evaluating(encoder), torch.no_grad(), _words(tower), _traceable(), _silent():
+        torch.onnx.export(
+            encoder,
+            (pixels.to(device),),
+            buffer,
+            input_names=["pixel_values"],
+            output_names=["embeddings"],
+            dynamic_axes={"pixel_values": {0: "batch"}, "embeddings": {0: "batch"}},
+            opset_version=_OPSET,
+            dynamo=False,
+        )
+    content: bytes = buffer.getvalue()
+    return content
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without the tracer's warnings, of shapes that it takes as constants."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def _traceable() -> Iterator[None]:
+    """Attention of torch as plain operators, which ONNX has."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def _words(tower: Stored) -> Iterator[None]:
+    """Say which operator has no counterpart, without the graph around it."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    except (OnnxExporterError, RuntimeError) as error:
+        raise NotImplementedError(
+            f"A {type(tower.model).__name__} can't be exported to ONNX: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
+
+
+def _run(content: bytes, pixels: Tensor) -> Tensor:
+    """Embeddings by onnxruntime: of all images at once, and of one, which a fixed batch refuses."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    values = pixels.float().numpy()
+    session.run(None, {"pixel_values": values[:1]})
+    return torch.from_numpy(session.run(None, {"pixel_values": values})[0])
+
+
+def _noise() -> list[Image.Image]:
+    generator = np.random.default_rng(0)
+    return [
+        Image.fromarray(generator.integers(0, 256, (200, 300, 3), dtype=np.uint8)) for _ in range(3)
+    ]

@@ -1,0 +1,58 @@
+"""What a tower takes and gives, learnt from one grey image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pairclip.towers.modes import evaluating
+from pairclip.towers.preprocess import Preprocess, grey_image
+
+
+def measure(
+    model: nn.Module, preprocess: Preprocess, encode: Callable[[nn.Module, Tensor], Any]
+) -> tuple[int, int]:
+    """Size of an embedding, and height and width of the images that the model takes.
+
+    Raises:
+        ValueError: If the preprocess makes no square pixel values, or the model no embeddings.
+    """
+    name = type(model).__name__
+    if not callable(preprocess.transform):
+        raise TypeError(
+            f"`image_processor` must be callable, got {type(preprocess.transform).__name__}."
+        )
+    pixel_values: Any = preprocess(grey_image(230, 224))
+    shape = list(pixel_values.shape) if isinstance(pixel_values, Tensor) else [0]
+    if shape != [3, shape[-1], shape[-1]] or not pixel_values.is_floating_point():
+        raise ValueError(
+            "The preprocess must turn an image into a float tensor [3, S, S], got "
+            f"{_described(pixel_values)}. Resize to a square and end with `ToTensor()`."
+        )
+    weights = next(chain(model.parameters(), model.buffers()), pixel_values)
+    inputs = pixel_values[None].to(weights.device)
+    if weights.is_floating_point():
+        inputs = inputs.to(weights.dtype)
+    try:
+        with torch.no_grad(), evaluating(model):
+            embeddings: Any = encode(model, inputs)
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        raise ValueError(
+            f"{name} could not encode a grey image that its preprocess made {shape}: {error}"
+        ) from error
+    if not (isinstance(embeddings, Tensor) and embeddings.ndim == 2 and len(embeddings) == 1):
+        raise ValueError(
+            f"{name} must turn pixel values [B, 3, H, W] into a tensor of embeddings [B, D], got "
+            f"{_described(embeddings)} for one image. Wrap it in a module that returns them alone."
+        )
+    return embeddings.shape[1], shape[-1]
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {list(value.shape)}"
+    return type(value).__name__

@@ -1,0 +1,182 @@
+"""Towers around the models of open_clip: an object, its `visual`, or a folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pairclip.towers.measuring import measure
+from pairclip.towers.optional import needs
+from pairclip.towers.preprocess import Preprocess
+from pairclip.towers.resizing import check_image_size, resampled
+from pairclip.towers.vision_tower import VisionTower
+
+CONFIG, _WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+_IMAGE = "visual."  # what weights of the image tower begin with in those of a whole model
+
+
+class OpenClipTower(VisionTower):
+    """Embeds with the image tower of an open_clip model.
+
+    The text tower and the tokenizer of the folder that it was loaded from are saved with it.
+    """
+
+    whole: tuple[nn.Module, ...] = ()  # the model that it is a part of; in a tuple, to own nothing
+
+    @staticmethod
+    def takes(source: nn.Module) -> bool:
+        """Whether it is a model of open_clip, or what its `create_model` gives."""
+        modules = {type(part).__module__.split(".")[0] for part in (source, _visual(source))}
+        return bool(modules & {"open_clip", "clip"}) and hasattr(_visual(source), "forward")
+
+    @classmethod
+    def from_model(
+        cls, source: nn.Module, transform: Any, *, image_size: int | None
+    ) -> OpenClipTower:
+        """Wrap a model, changed in place to run at `image_size`."""
+        visual: Any = _visual(source)
+        if image_size is not None:
+            _resize(visual, image_size)
+        if transform is None:
+            transform = _transform(visual)
+        preprocess = Preprocess(transform)
+        embedding_dim, size = measure(visual, preprocess, cls._encode)
+        tower = cls(visual, preprocess, embedding_dim=embedding_dim, image_size=size)
+        if visual is not source:
+            tower.whole = (source,)
+        return tower
+
+    @staticmethod
+    def _encode(model: nn.Module, pixel_values: Tensor) -> Tensor:
+        output = model(pixel_values)
+        embeddings: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+        return embeddings
+
+    def _check_savable(self) -> None:
+        if self.origin is None:
+            raise NotImplementedError(
+                "An open_clip model doesn't know its own configuration, so it can't be saved as a "
+                "folder. Load it from a folder with open_clip_config.json, or save the weights "
+                "alone with `safetensors.torch.save_model(tower.model, path)`."
+            )
+
+    def _write(self, folder: Path) -> None:
+        """The folder that it came from with other image weights: texts and tokenizer stay."""
+        assert self.origin is not None
+        config = json.loads((self.origin / CONFIG).read_text("utf-8"))
+        config["model_cfg"]["vision_cfg"]["image_size"] = self.image_size
+        with safe_open(weights_file(self.origin), "pt") as file:
+            weights = {
+                name: file.get_tensor(name)
+                for name in file.keys()  # noqa: SIM118
+                if not name.startswith(_IMAGE)
+            }
+        for path in self.origin.iterdir():
+            if path.is_file() and path.suffix in (".json", ".txt", ".model", ".gz"):
+                shutil.copy2(path, folder)
+        (folder / CONFIG).write_text(json.dumps(config, indent=2), "utf-8")
+        weights |= {_IMAGE + name: value for name, value in self._merged_weights().items()}
+        save_file(
+            {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()},
+            folder / _WEIGHTS,
+            metadata={"format": "pt"},
+        )
+
+
+def read(folder: Path) -> Any:
+    """Load the image tower alone from a folder: no text tower is built."""
+    needs("open_clip", "open-clip")
+    from open_clip.model import _build_vision_tower
+    from open_clip.transform import merge_preprocess_dict
+
+    config = json.loads((folder / CONFIG).read_text("utf-8"))
+    model_cfg = config["model_cfg"]
+    vision = {**model_cfg["vision_cfg"], "timm_model_pretrained": False}
+    visual: Any = _build_vision_tower(
+        model_cfg["embed_dim"], vision, model_cfg.get("quick_gelu", False)
+    )
+    if hasattr(visual, "set_input_size"):  # that of timm is made at its default size
+        visual.set_input_size(vision["image_size"])
+    weights = weights_file(folder)
+    with safe_open(weights, "pt") as file:
+        names = [name for name in file.keys() if name.startswith(_IMAGE)]  # noqa: SIM118
+        found = {name[len(_IMAGE) :]: file.get_tensor(name).float() for name in names}
+    try:
+        visual.load_state_dict(found)
+    except RuntimeError as error:
+        raise ValueError(f"'{weights}' does not fit its {CONFIG}: {error}") from error
+    own = merge_preprocess_dict(_default_preprocess(), config.get("preprocess_cfg", {}))
+    visual.preprocess_cfg = {**own, "size": visual.image_size}
+    return visual.eval()
+
+
+def weights_file(folder: Path) -> Path:
+    """The safetensors of a folder of open_clip.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    named = sorted(folder.glob("open_clip*.safetensors")) or sorted(folder.glob("*.safetensors"))
+    if not named:
+        raise FileNotFoundError(
+            f"Folder '{folder}' has no weights: {_WEIGHTS} is missing. Pickled weights can run "
+            "code and are never loaded."
+        )
+    return named[0]
+
+
+def _visual(source: Any) -> Any:
+    return getattr(source, "visual", source)
+
+
+def _default_preprocess() -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from open_clip.transform import PreprocessCfg
+
+    return asdict(PreprocessCfg())
+
+
+def _transform(visual: Any) -> Any:
+    """What the library does to an image, as the model's own settings say."""
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    own = getattr(visual, "preprocess_cfg", None)
+    if own is None:
+        raise ValueError(
+            f"`source` {type(visual).__name__} doesn't say how its images are preprocessed. Pass "
+            "`image_processor`, such as the last of what `open_clip.create_model_and_transforms` "
+            "gives."
+        )
+    return image_transform_v2(PreprocessCfg(**own), is_train=False)
+
+
+def _resize(visual: Any, size: int) -> None:
+    """Change an image tower in place."""
+    if hasattr(visual, "set_input_size"):
+        try:
+            visual.set_input_size((size, size))
+        except (NotImplementedError, AttributeError, AssertionError) as error:
+            raise NotImplementedError(
+                f"`image_size` of this {type(visual).__name__} can't be changed: {error}."
+            ) from error
+    elif hasattr(visual, "positional_embedding") and hasattr(visual, "grid_size"):
+        patch = visual.patch_size[0]
+        check_image_size(size, patch)
+        old = visual.positional_embedding
+        extra = len(old) - visual.grid_size[0] * visual.grid_size[1]
+        visual.image_size, visual.grid_size = (size, size), (size // patch, size // patch)
+        shape = torch.Size((extra + visual.grid_size[0] ** 2, old.shape[1]))
+        new = nn.Parameter(resampled(old.detach(), shape), old.requires_grad)
+        visual.positional_embedding = new
+    else:
+        raise NotImplementedError(f"`image_size` of a {type(visual).__name__} can't be changed.")
+    if hasattr(visual, "preprocess_cfg"):
+        visual.preprocess_cfg = {**visual.preprocess_cfg, "size": (size, size)}

@@ -1,0 +1,94 @@
+"""Towers around the models of timm: an object, an id or a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from pairclip.towers import adapters
+from pairclip.towers.measuring import measure
+from pairclip.towers.optional import needs
+from pairclip.towers.preprocess import Preprocess
+from pairclip.towers.vision_tower import VisionTower
+
+
+class TimmTower(VisionTower):
+    """Embeds with what a model of timm gives without its classifier."""
+
+    data_config: dict[str, Any]
+
+    @staticmethod
+    def takes(source: nn.Module) -> bool:
+        """Whether it is a model of timm."""
+        return hasattr(source, "pretrained_cfg") and hasattr(source, "forward_features")
+
+    @classmethod
+    def from_model(cls, source: Any, transform: Any, *, image_size: int | None) -> TimmTower:
+        """Wrap a model, changed in place to run at `image_size`."""
+        needs("timm", "timm")
+        from timm.data.config import resolve_data_config
+        from timm.data.transforms_factory import create_transform
+
+        if source.num_classes:
+            raise ValueError(
+                f"`source` {type(source).__name__} has a classifier of {source.num_classes} "
+                "classes, whose logits are no embedding. Make it with `num_classes=0`, or take the "
+                "classifier off by `model.reset_classifier(0)`."
+            )
+        made_for = getattr(getattr(source, "patch_embed", None), "img_size", None)
+        size = (3, *made_for) if made_for else None
+        if image_size is not None:
+            _resize(source, image_size)
+            size = (3, image_size, image_size)
+        data_config = resolve_data_config({"input_size": size} if size else {}, model=source)
+        if transform is None:
+            transform = create_transform(**data_config, is_training=False)
+        preprocess = Preprocess(transform)
+        embedding_dim, side = measure(source, preprocess, cls._encode)
+        tower = cls(source, preprocess, embedding_dim=embedding_dim, image_size=side)
+        tower.data_config = data_config
+        return tower
+
+    @staticmethod
+    def _encode(model: nn.Module, pixel_values: Tensor) -> Tensor:
+        output = model(pixel_values)
+        embeddings: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+        return embeddings
+
+    def _check_savable(self) -> None:
+        pass  # timm saves all its models
+
+    def _write(self, folder: Path) -> None:
+        from timm.models import save_for_hf
+
+        model = adapters.merged(self.model)
+        save_for_hf(model, str(folder), safe_serialization=True, data_config=self.data_config)
+
+
+def read(folder: Path) -> Any:
+    """Load from a folder with timm's config.json, without a classifier of ImageNet."""
+    needs("timm", "timm")
+    import timm
+
+    if not (folder / "model.safetensors").is_file():
+        raise FileNotFoundError(
+            f"Folder '{folder}' has no weights: model.safetensors is missing. Pickled weights "
+            "can run code and are never loaded."
+        )
+    model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    if model.num_classes:
+        model.reset_classifier(0)
+    return model.float().eval()
+
+
+def _resize(model: Any, size: int) -> None:
+    if not hasattr(model, "set_input_size"):
+        return  # a convolutional one takes any size
+    try:
+        model.set_input_size(img_size=(size, size))
+    except (AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise NotImplementedError(
+            f"`image_size` of a {type(model).__name__} can't be changed to {size}: {error}"
+        ) from error

@@ -1,0 +1,253 @@
+"""Towers of open_clip, timm, sentence-transformers and other models of transformers."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+from torch.testing import assert_close
+from transformers import (
+    CLIPImageProcessor,
+    Dinov2Config,
+    Dinov2Model,
+    MetaClip2VisionConfig,
+    MetaClip2VisionModelWithProjection,
+    ViTConfig,
+    ViTModel,
+)
+
+from pairclip import load_tower
+from pairclip.checkpoints import trained_tensors
+from pairclip.towers import layer_decay, random_tower
+from pairclip.towers.preprocess import at_size
+
+VIT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
+NOISE = np.random.default_rng(0).integers(0, 256, (41, 50, 3), dtype=np.uint8)
+PHOTO = Image.fromarray(NOISE)
+
+
+def shaken(model: nn.Module) -> nn.Module:
+    """Weights that are large enough to show a block that is missing."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    return model.eval()
+
+
+def pixels(side: int = 32) -> torch.Tensor:
+    return torch.randn(4, 3, side, side, generator=torch.Generator().manual_seed(1))
+
+
+def processor() -> CLIPImageProcessor:
+    """As DINOv2 has it: a crop of a larger image."""
+    return CLIPImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32})
+
+
+@pytest.mark.parametrize("kind", [ViTModel, Dinov2Model, MetaClip2VisionModelWithProjection])
+def test_other_models_of_transformers_are_whole_towers(kind: type, tmp_path: Path) -> None:
+    config = {
+        ViTModel: lambda: ViTConfig(**VIT),
+        Dinov2Model: lambda: Dinov2Config(**VIT, mlp_ratio=2),
+        MetaClip2VisionModelWithProjection: lambda: MetaClip2VisionConfig(**VIT, projection_dim=12),
+    }[kind]()
+    model = shaken(kind(config))
+    tower = load_tower(model, image_processor=processor())
+    with torch.no_grad():
+        output = model(pixel_values=pixels())
+        expected = output["image_embeds" if "image_embeds" in output else "pooler_output"]
+        assert_close(tower(pixels()), expected)
+    assert len(tower.blocks) == 3
+    trunk, head = tower.split(1)
+    assert_close(head(trunk(pixels())), tower(pixels()), rtol=0, atol=1e-5)
+    tower.freeze(all_but_last=1)
+    assert {group["name"].split(",")[0] for group in layer_decay(tower, 1e-3, 0.5)} == {
+        "block 3",
+        "after",
+    }
+    tower.save_pretrained(tmp_path / "saved")
+    again = load_tower(tmp_path / "saved")
+    assert_close(again(pixels()), expected, rtol=0, atol=1e-6)
+    assert again.fingerprint() == tower.fingerprint()
+    larger = load_tower(model, image_processor=processor(), image_size=48)
+    assert larger.preprocess(PHOTO).shape == (3, 48, 48)
+    assert larger(pixels(48)).shape == expected.shape
+
+
+def test_a_processor_at_another_size_resizes_by_the_same_factor() -> None:
+    settings = {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}
+    larger = at_size(CLIPImageProcessor(**settings), 448)
+    assert (larger.size["shortest_edge"], larger.crop_size["height"]) == (512, 448)
+
+
+def test_sentence_transformers_gives_the_same_embedding_from_a_saved_tower(tmp_path: Path) -> None:
+    library = pytest.importorskip("sentence_transformers")
+    tower = random_tower()
+    shaken(tower.model)
+    tower.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = tower(tower.preprocess(PHOTO)[None])[0]
+    model = library.SentenceTransformer(str(tmp_path), device="cpu")
+    assert_close(torch.tensor(model.encode(PHOTO)), expected, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=r"is followed by Dense, .* Give the folder or id"):
+        load_tower(model)
+    assert_close(load_tower(tmp_path).preprocess(PHOTO), tower.preprocess(PHOTO))
+
+
+def open_clip_folder(folder: Path) -> Path:
+    open_clip = pytest.importorskip("open_clip")
+    model_cfg = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": 3, "width": 64, "head_width": 32}
+        | {"patch_size": 8},
+        "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1},
+    }
+    model = shaken(open_clip.CLIP(**model_cfg))
+    folder.mkdir()
+    config = {"model_cfg": model_cfg, "preprocess_cfg": {"mean": [0.4] * 3, "std": [0.3] * 3}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    save_file(
+        {name: value.clone() for name, value in model.state_dict().items()},
+        folder / "open_clip_model.safetensors",
+    )
+    return folder
+
+
+def test_a_folder_of_open_clip_in_and_out(tmp_path: Path) -> None:
+    folder = open_clip_folder(tmp_path / "model")
+    import open_clip
+
+    tower = load_tower(folder)
+    whole, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    assert torch.equal(tower.preprocess(PHOTO), transform(PHOTO))
+    with torch.no_grad():
+        assert_close(tower(pixels()), whole.eval().encode_image(pixels()), rtol=0, atol=1e-6)
+        assert_close(load_tower(whole.visual)(pixels()), tower(pixels()))
+    tower.freeze(all_but="projection")
+    assert [n for n, p in tower.named_parameters() if p.requires_grad] == ["model.proj"]
+    trunk, head = tower.split(2)
+    assert_close(head(trunk(pixels())), tower(pixels()), rtol=0, atol=1e-5)
+    undecayed = [g for g in layer_decay(load_tower(folder), 1e-3, 0.5, weight_decay=0.1)]
+    assert undecayed
+    with torch.no_grad():
+        tower.model.proj.mul_(2)
+    tower.save_pretrained(tmp_path / "saved")
+    again = open_clip.create_model(f"local-dir:{tmp_path / 'saved'}").eval()
+    with torch.no_grad():
+        assert_close(again.visual(pixels()), tower(pixels()), rtol=0, atol=1e-6)
+    texts = torch.zeros(1, 8, dtype=torch.long)
+    with torch.no_grad():
+        assert_close(again.encode_text(texts), whole.encode_text(texts))
+    assert load_tower(folder, image_size=48)(pixels(48)).shape == (4, 16)
+    with pytest.raises(NotImplementedError, match="doesn't know its own configuration"):
+        load_tower(whole.visual).save_pretrained(tmp_path / "other")
+
+
+def timm_vit(**options: object) -> nn.Module:
+    timm = pytest.importorskip("timm")
+    sizes = {"embed_dim": 32, "depth": 3, "num_heads": 2, "img_size": 32, "patch_size": 8}
+    return shaken(timm.create_model("vit_tiny_patch16_224", **{**sizes, **options}))
+
+
+def test_a_model_of_timm_in_and_out(tmp_path: Path) -> None:
+    tower = load_tower(timm_vit(num_classes=0))
+    import timm
+
+    config = timm.data.resolve_data_config({"input_size": (3, 32, 32)}, model=tower.model)
+    transform = timm.data.create_transform(**config, is_training=False)
+    assert torch.equal(tower.preprocess(PHOTO), transform(PHOTO))
+    trunk, head = tower.split(1)
+    assert_close(head(trunk(pixels())), tower(pixels()), rtol=0, atol=1e-5)
+    groups = layer_decay(tower, 1e-3, 0.5, weight_decay=0.1)
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert decay[id(tower.model.pos_embed)] == 0  # as timm's `no_weight_decay` has it
+    assert decay[id(tower.model.patch_embed.proj.weight)] == 0.1
+    tower.save_pretrained(tmp_path)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    with torch.no_grad():
+        assert_close(again(pixels()), tower(pixels()), rtol=0, atol=1e-6)
+    assert load_tower(tmp_path).fingerprint() == tower.fingerprint()
+
+
+def test_the_logits_of_a_classifier_are_no_embedding() -> None:
+    with pytest.raises(ValueError, match=r"classifier of 7 classes.*reset_classifier\(0\)"):
+        load_tower(timm_vit(num_classes=7))
+
+
+def test_settings_of_every_module_are_in_the_fingerprint_of_a_plain_tower() -> None:
+    class Attention(nn.Module):
+        def __init__(self, heads: int, activation: nn.Module) -> None:
+            super().__init__()
+            self.heads, self.linear, self.activation = heads, nn.Linear(48, 8), activation
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.activation(
+                self.linear(images.flatten(1)).unflatten(1, (self.heads, -1))[:, 0]
+            )
+
+    def to_pixels(image: Image.Image) -> torch.Tensor:
+        return torch.zeros(3, 4, 4)
+
+    prints = set()
+    for heads, activation in ((2, nn.GELU()), (4, nn.GELU()), (2, nn.GELU("tanh")), (2, nn.ReLU())):
+        torch.manual_seed(0)
+        tower = load_tower(Attention(heads, activation), image_processor=to_pixels)
+        prints.add(tower.fingerprint())
+        assert tower.train().fingerprint() in prints
+    assert len(prints) == 4
+
+
+@pytest.mark.parametrize("what", ["tower", "model", "block"])
+def test_compiled_towers_have_plain_names(what: str, tmp_path: Path) -> None:
+    tower = random_tower()
+    names, fingerprint = list(trained_tensors(tower)), tower.fingerprint()
+    compiled = tower
+    if what == "tower":
+        compiled = torch.compile(tower, backend="eager")
+    elif what == "model":
+        tower.model = torch.compile(tower.model, backend="eager")
+    else:
+        layers = tower.model.vision_model.encoder.layers
+        layers[0] = torch.compile(layers[0], backend="eager")
+    assert list(trained_tensors(compiled)) == names
+    assert tower.fingerprint() == fingerprint
+    assert len(tower.blocks) == 2
+    tower.save_pretrained(tmp_path)
+    assert load_tower(tmp_path).fingerprint() == fingerprint
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_an_exported_tower_computes_the_same(dtype: torch.dtype, tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    tower = random_tower()
+    report = tower.export_onnx(tmp_path / "tower.onnx", images=[PHOTO], dtype=dtype)
+    session = runtime.InferenceSession(str(tmp_path / "tower.onnx"))
+    (embeddings,) = session.run(None, {"pixel_values": pixels(16).numpy()})
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    with torch.no_grad():
+        assert_close(torch.tensor(embeddings), tower(pixels(16)), rtol=0, atol=tolerance)
+    assert json.loads((tmp_path / "tower.json").read_text()) == report
+    assert report["parity"]["images"] == 1
+    with pytest.raises(ValueError, match=r"`path` must end with \.onnx"):
+        tower.export_onnx(tmp_path / "tower.bin")
+    with pytest.raises(ValueError, match=r"`dtype` must be torch\.float32 or torch\.float16"):
+        tower.export_onnx(tmp_path / "tower.onnx", dtype=torch.bfloat16)
+
+
+def test_revisions_are_of_ids_alone(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"`revision` 'v1' would be ignored: .* is a folder"):
+        load_tower(tmp_path, revision="v1")
+    with pytest.raises(ValueError, match="`revision` 'v1' would be ignored: `source` is an object"):
+        load_tower(random_tower().model, revision="v1")
