@@ -50,8 +50,10 @@ if TYPE_CHECKING:
         History as History,
     )
     from pairclip.index import (
+        FaissIndex as FaissIndex,
         ImageIndex as ImageIndex,
         Match as Match,
+        search_recall as search_recall,
     )
     from pairclip.losses import (
         AllPairsCosineLoss as AllPairsCosineLoss,
@@ -162,7 +164,7 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
         "default_recipes",
         "tune",
     ),
-    "index": ("ImageIndex", "Match"),
+    "index": ("FaissIndex", "ImageIndex", "Match", "search_recall"),
     "plots": (
         "plot_class_similarity",
         "plot_history",

@@ -3,57 +3,22 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from pairclip import _checks
-from pairclip._files import MappedTensors
-from pairclip._vectors import unit_rows
-from pairclip.datasets import LabelledImages
-from pairclip.embedding import are_images, embed_images
 from pairclip.index import storage
-from pairclip.similarity import nearest_neighbors
+from pairclip.index.building import embedded, images_of, joined_labels, read_parquet
+from pairclip.index.queries import Searcher
+from pairclip.index.searching import ExactSearch
+from pairclip.index.segments import Segment, labels_of, paths_of
 from pairclip.towers import VisionTower
 
-# Rows normalised or searched at once, which bounds the memory of a step.
-_ROWS = 65536
-# Rows compared at once; more would leave the processor's cache, which costs a few queries most.
-_BLOCK = 2048
-# Values per weight that are looked at before each search, to notice a tower that was trained.
-_SAMPLED = 64
 
-
-@dataclass(frozen=True)
-class Match:
-    """An image that a search found.
-
-    Attributes:
-        score: Cosine of its embedding and the query's.
-        index: Its place in the dataset that the index was built from.
-        path: Its file, as the dataset gave it, or None.
-        label: Its class id, or None if the index has no labels.
-        class_name: Name of its class, or None.
-
-    Example:
-        >>> from pairclip import Match
-        >>> Match(0.93, 3, "photos/cat/03.jpg", 1, "cat").class_name
-        'cat'
-    """
-
-    score: float
-    index: int
-    path: str | None
-    label: int | None
-    class_name: str | None
-
-
-class ImageIndex:
+class ImageIndex(ExactSearch):
     """The embeddings of a collection of images, searched by image or by embedding.
 
     Made by `build` or `load`. The search is exact: every stored row is compared.
@@ -64,11 +29,7 @@ class ImageIndex:
     fingerprint.
 
     Attributes:
-        embeddings: Unit rows ``[N, D]`` on the CPU, in the dtype of the index; a zero embedding is
-            a zero row. Not to be written to: after `load` they are mapped from the file.
-        labels: Class id of each image, int64 ``[N]``, or None.
         class_names: Name of each class id, or None.
-        paths: File of each image as the dataset gave it, or None where there is none.
         fingerprint: That of the tower the index was built with.
 
     Example:
@@ -99,15 +60,27 @@ class ImageIndex:
         fingerprint: str,
         tower: VisionTower | None = None,
     ) -> None:
-        self.embeddings = embeddings
-        self.labels = labels
         self.class_names = class_names
-        self.paths = paths
         self.fingerprint = fingerprint
-        self._tower = tower
-        self._sample: Tensor | None = None
-        self._mapped: MappedTensors | None = None
+        self._segments = [Segment(embeddings, labels, paths)]
+        self._searcher = Searcher(tower, fingerprint)
         self._saved: tuple[Path, dict[str, Any]] | None = None
+
+    @property
+    def embeddings(self) -> Tensor:
+        """Unit rows ``[N, D]`` on the CPU; a zero embedding is a zero row. Not to be written to."""
+        rows = [segment.kept(segment.rows) for segment in self._segments]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Class id of each image, int64 ``[N]``, or None."""
+        return labels_of(self._segments)
+
+    @property
+    def paths(self) -> list[str | None] | None:
+        """File of each image, or None."""
+        return paths_of(self._segments)
 
     @classmethod
     def build(
@@ -141,33 +114,68 @@ class ImageIndex:
         """
         if dtype not in storage.DTYPES.values():
             raise ValueError(f"`dtype` must be torch.float16 or torch.float32, got {dtype}.")
-        if isinstance(dataset, (str, os.PathLike)):
-            raise TypeError(
-                f"`dataset` must be a dataset or a list of images, got the path '{dataset}'. List "
-                "the files, for instance `sorted(Path(folder).rglob('*.jpg'))`."
-            )
-        unlabelled = are_images(dataset)
-        if unlabelled:
-            dataset = (dataset, np.zeros(len(dataset), np.int64))
-        images = LabelledImages(dataset)
         fingerprint = tower.fingerprint()
-        embeddings = embed_images(tower, images, batch_size=batch_size, num_workers=num_workers)
-        paths = [images.source.path(index) for index in range(len(images))]
+        images, labelled = images_of("dataset", dataset)
+        segment = embedded(tower, images, dtype, batch_size=batch_size, num_workers=num_workers)
         return cls(
-            torch.cat([unit_rows(rows).to(dtype) for rows in embeddings.split(_ROWS)]),
-            labels=None if unlabelled else images.labels,
-            class_names=None if unlabelled else images.class_names,
-            paths=paths if any(path is not None for path in paths) else None,
+            segment.rows,
+            labels=images.labels if labelled else None,
+            class_names=images.class_names if labelled else None,
+            paths=segment.paths,
             fingerprint=fingerprint,
             tower=tower,
         )
 
     @classmethod
+    def from_parquet(
+        cls,
+        folder: str | os.PathLike[str],
+        tower: VisionTower | None = None,
+        *,
+        dtype: torch.dtype = torch.float16,
+    ) -> ImageIndex:
+        """Make an index of embeddings that lie in Parquet files (needs ``pairclip[tables]``).
+
+        Args:
+            folder: With files ``*.parquet`` of one row per image: ``vector``, a list of numbers;
+                ``path``, a text, and ``label``, a text or an integer, where there are any. Files
+                are read in the order of their names. A field ``pairclip.fingerprint`` in their
+                metadata says by which tower.
+            tower: The tower that embedded, to search by image. None leaves the search by embedding.
+            dtype: As for `build`.
+
+        Returns:
+            The index.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If a column is missing, sizes or fingerprints differ, a vector is not
+                finite, or `tower` is another one than the files say.
+            ImportError: If pyarrow is missing.
+        """
+        if dtype not in storage.DTYPES.values():
+            raise ValueError(f"`dtype` must be torch.float16 or torch.float32, got {dtype}.")
+        segment, names, fingerprint = read_parquet(Path(folder), dtype)
+        if fingerprint is None:
+            fingerprint = "unknown" if tower is None else tower.fingerprint()
+        index = cls(
+            segment.rows,
+            labels=segment.labels,
+            class_names=names,
+            paths=segment.paths,
+            fingerprint=fingerprint,
+            tower=tower,
+        )
+        index._searcher.check_tower()
+        return index
+
+    @classmethod
     def load(cls, folder: str | os.PathLike[str], tower: VisionTower | None = None) -> ImageIndex:
         """Open a saved index; its embeddings are mapped from the file, not read.
 
-        Sizes and the JSON are checked, checksums only by `verify`. On Linux and macOS an open index
-        stays whole when its folder is deleted, or replaced by `save`; don't write into its file.
+        Sizes, labels, paths and the JSON are checked, embeddings only by `verify`. On Linux and
+        macOS an open index stays whole when its folder is deleted, or replaced by `save`; don't
+        write into its files.
 
         Args:
             folder: Where it was saved.
@@ -183,48 +191,93 @@ class ImageIndex:
                 one than the index was built with.
         """
         folder = Path(folder).absolute()
-        header, mapped = storage.read_index(folder)
+        header, segments = storage.read_index(folder)
         index = cls(
-            mapped["embeddings"],
-            labels=mapped["labels"].clone() if header["has_labels"] else None,
+            segments[0].rows,
+            labels=None,
             class_names=header["class_names"],
-            paths=header["paths"],
+            paths=None,
             fingerprint=header["fingerprint"],
             tower=tower,
         )
-        index._mapped, index._saved = mapped, (folder, header)
-        index._check_tower()
+        index._segments, index._saved = segments, (folder, header)
+        index._searcher.check_tower()
         return index
+
+    def add(self, images: Any, *, batch_size: int = 64, num_workers: int = 0) -> None:
+        """Embed more images, and put them behind those that are there.
+
+        Args:
+            images: As for `build`, with labels if the index has them, and without if not. Classes
+                are joined by name; new ones come behind.
+            batch_size: Images per forward pass.
+            num_workers: Processes that load and preprocess images; 0 does it in this one.
+
+        Raises:
+            ValueError: As for `build`; or if the index has no tower, its tower has changed, or only
+                one of index and images has labels or class names. The index is then as it was.
+            TypeError: If `images` is neither a dataset nor images.
+        """
+        tower = self._searcher.checked_tower()
+        data, labelled = images_of("images", images)
+        labels, names = joined_labels(
+            data, labelled, self._segments[0].labels is not None, self.class_names
+        )
+        options = {"batch_size": batch_size, "num_workers": num_workers}
+        segment = embedded(tower, data, self._segments[0].rows.dtype, **options)
+        segment.labels, self.class_names = labels, names
+        self._segments.append(segment)
+
+    def remove(self, indices: Any) -> None:
+        """Take images out; those behind them move up.
+
+        Args:
+            indices: Their places in the index, integers ``[M]``: `Match.index` of a search.
+
+        Raises:
+            ValueError: If one is out of range, or no image would be left.
+            TypeError: If they are no integers.
+        """
+        places = _checks.as_labels("indices", indices).unique()
+        if len(places) and not 0 <= int(places[0]) <= int(places[-1]) < len(self):
+            wrong = int(places[0]) if int(places[0]) < 0 else int(places[-1])
+            raise ValueError(f"`indices` must be in [0, {len(self)}), got {wrong}.")
+        if len(places) == len(self):
+            raise ValueError("`indices` must leave an image in the index, got all of them.")
+        first = 0
+        for segment in self._segments:
+            count = len(segment)
+            own = places[(places >= first) & (places < first + count)] - first
+            if len(own):
+                segment.remove(own)
+            first += count
+        self._segments = [segment for segment in self._segments if len(segment)]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the index, in place of one that is there.
 
-        A killed process or a full disk leaves the old index or the new one, and no other file of
-        the folder is touched. A kill may leave a file that is safe to delete: one named
-        ``image_index-*.safetensors`` that ``image_index.json`` does not mention, or
-        ``.image_index.json.*`` or ``.tmp*``.
+        After `add` and `remove`, the new rows alone are written where the index was saved or loaded
+        before. A killed process or a full disk leaves the old index or the new one, and no other
+        file of the folder is touched. Writers wait for each other, by the file ``.lock``.
 
         Args:
             folder: Where to write; made if it is missing.
 
         Raises:
             FileExistsError: If `folder` is a file.
-            OSError: If it can't be written.
+            OSError: If it can't be written, or another process writes for over ten minutes.
         """
         folder = Path(folder).absolute()
-        tensors = {"embeddings": self.embeddings}
-        if self.labels is not None:
-            tensors["labels"] = self.labels
-        description = {
+        fields = {
             "fingerprint": self.fingerprint,
-            "num_images": len(self),
-            "embedding_dim": self.embeddings.shape[1],
-            "dtype": str(self.embeddings.dtype).removeprefix("torch."),
-            "has_labels": self.labels is not None,
+            "embedding_dim": self._segments[0].rows.shape[1],
+            "dtype": self._dtype,
+            "has_labels": self._segments[0].labels is not None,
             "class_names": self.class_names,
-            "paths": self.paths,
         }
-        self._saved = folder, storage.write_index(folder, tensors, description)
+        known = self._saved[1] if self._saved is not None and self._saved[0] == folder else None
+        header, self._segments = storage.write_index(folder, self._segments, fields, known)
+        self._saved = folder, header
 
     def verify(self) -> None:
         """Compare every byte of the saved index with its checksums.
@@ -238,150 +291,14 @@ class ImageIndex:
             raise ValueError("This index was neither saved nor loaded, so it has no file to check.")
         storage.verify_index(*self._saved)
 
-    @overload
-    def search(self, queries: Image.Image | str | os.PathLike[str], k: int = 10) -> list[Match]: ...
-
-    @overload
-    def search(self, queries: Any, k: int = 10) -> Any: ...
-
-    def search(self, queries: Any, k: int = 10) -> Any:
-        """Find the images most similar to one image, or to each of several.
-
-        An image that is in the index finds itself first, or a copy of it.
-
-        Args:
-            queries: One image, a PIL image, path, array or tensor as `LabelledImages` takes; or
-                several: what `embed_images` takes. Or embeddings, floating point ``[Q, D]``, or
-                ``[D]`` for one, of any length.
-            k: How many to find for each.
-
-        Returns:
-            For one query a list of `Match`, most similar first; for several a list of such lists.
-
-        Raises:
-            ValueError: If the index has no tower to embed images with, or its tower has changed;
-                if an image can't be read, a shape does not fit, an embedding is not finite, or `k`
-                is above the number of images in the index.
-            TypeError: If an argument is of the wrong kind.
-        """
-        scores, indices = self.nearest_neighbors(queries, k)
-        found = [
-            [self._match(score, index) for score, index in zip(*of_query, strict=True)]
-            for of_query in zip(scores.tolist(), indices.tolist(), strict=True)
-        ]
-        return found[0] if _is_one(queries) else found
-
-    def nearest_neighbors(self, queries: Any, k: int = 10) -> tuple[Tensor, Tensor]:
-        """Like `search`, as tensors, for many queries at once.
-
-        Args:
-            queries: As for `search`.
-            k: How many to find for each query.
-
-        Returns:
-            Scores ``[Q, k]``, descending, and indices, int64 ``[Q, k]``.
-
-        Raises:
-            ValueError: As for `search`.
-            TypeError: As for `search`.
-        """
-        _checks.check_positive_int("k", k)
-        if k > len(self):
-            raise ValueError(
-                f"`k` must be at most {len(self)}, the number of images in the index, got {k}."
-            )
-        embeddings = self._embeddings_of(queries)
-        if embeddings.shape[1] != self.embeddings.shape[1]:
-            raise ValueError(
-                f"`queries` must have the embedding size of the index, {self.embeddings.shape[1]}, "
-                f"got {embeddings.shape[1]}."
-            )
-        scores = torch.zeros(len(embeddings), 0)
-        indices = torch.zeros(len(embeddings), 0, dtype=torch.int64)
-        for start in range(0, len(self), _ROWS):
-            rows = self.embeddings[start : start + _ROWS]
-            its_scores, its_indices = nearest_neighbors(
-                embeddings, rows, min(k, len(rows)), block_size=_BLOCK
-            )
-            if self._mapped is not None:
-                self._mapped.release(rows)
-            # Stable, so that of equal scores the first image is kept.
-            scores, order = torch.cat([scores, its_scores], dim=1).sort(
-                dim=1, descending=True, stable=True
-            )
-            indices = torch.cat([indices, its_indices + start], dim=1).gather(1, order)
-            scores, indices = scores[:, :k], indices[:, :k]
-        return scores, indices
-
-    def __len__(self) -> int:
-        return len(self.embeddings)
-
     def __repr__(self) -> str:
-        dtype = str(self.embeddings.dtype).removeprefix("torch.")
-        return f"ImageIndex({len(self)} images, embeddings of {self.embeddings.shape[1]} {dtype})"
+        size = self._segments[0].rows.shape[1]
+        return f"ImageIndex({len(self)} images, embeddings of {size} {self._dtype})"
 
-    def _embeddings_of(self, queries: Any) -> Tensor:
-        if _are_embeddings(queries):
-            rows = queries[None] if queries.ndim == 1 else queries
-            return _checks.as_embeddings("queries", rows, finite=True).detach().cpu()
-        if self._tower is None:
-            raise ValueError(
-                "This index was loaded without a tower, so it can be searched by embeddings only. "
-                "Give it the one it was built with: `ImageIndex.load(folder, tower)`."
-            )
-        self._check_tower()
-        return embed_images(self._tower, [queries] if _is_one(queries) else queries)
+    def __getstate__(self) -> dict[str, Any]:
+        segment = Segment(self.embeddings.clone(), self.labels, self.paths)
+        return {**vars(self), "_segments": [segment], "_saved": None}
 
-    def _check_tower(self) -> None:
-        """Raise if the tower is not, or no longer, the one that the index was built with."""
-        if self._tower is None:
-            return
-        # Version counters of tensors would not do: fused optimizers don't count.
-        sample = _sample_of(self._tower)
-        if self._sample is not None and torch.equal(sample, self._sample):
-            return
-        fingerprint = self._tower.fingerprint()
-        if fingerprint != self.fingerprint:
-            raise ValueError(
-                f"`tower` is another one than the index was built with, or was trained since: its "
-                f"fingerprint is {fingerprint[:12]}..., that of the index "
-                f"{self.fingerprint[:12]}... Their embeddings don't compare. Build the index again "
-                "with this tower, or load the tower that built it."
-            )
-        self._sample = sample
-
-    def _match(self, score: float, index: int) -> Match:
-        label = None if self.labels is None else int(self.labels[index])
-        names = self.class_names or []
-        return Match(
-            score,
-            index,
-            path=None if self.paths is None else self.paths[index],
-            label=label,
-            class_name=names[label] if label is not None and 0 <= label < len(names) else None,
-        )
-
-
-def _is_one(queries: Any) -> bool:
-    """Whether it is one query: an image or an embedding, rather than several."""
-    if isinstance(queries, (Image.Image, str, os.PathLike)):
-        return True
-    return getattr(queries, "ndim", 4) < (2 if _are_embeddings(queries) else 4)
-
-
-def _are_embeddings(queries: Any) -> bool:
-    """Whether it is a floating-point matrix or vector, which no image of ours is."""
-    if getattr(queries, "ndim", 0) not in (1, 2):
-        return False
-    if isinstance(queries, Tensor):
-        return queries.is_floating_point()
-    return isinstance(queries, np.ndarray) and queries.dtype.kind == "f"
-
-
-def _sample_of(tower: VisionTower) -> Tensor:
-    """Values spread over every weight of a tower, float64 on the CPU."""
-    sampled = [
-        weight.detach().flatten()[:: max(1, weight.numel() // _SAMPLED)].double().cpu()
-        for weight in [*tower.parameters(), *tower.buffers()]
-    ]
-    return torch.cat([torch.zeros(0), *sampled])
+    @property
+    def _dtype(self) -> str:
+        return str(self._segments[0].rows.dtype).removeprefix("torch.")

@@ -1,14 +1,17 @@
-"""The folder of an index: tensors in safetensors, everything else in JSON.
+"""The folder of an index: a file of tensors for each segment, everything else in JSON.
 
-The JSON names the tensors' file, which has a new name each time. So putting the JSON in place is
-the one step from the old index to the new.
+The JSON names the files, and each has a new name. So putting the JSON in place is the one step from
+the old index to the new, and adding images writes these images alone.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,138 +19,299 @@ import torch
 from torch import Tensor
 
 from pairclip import _files
-from pairclip._files import MappedTensors, write_tensors
+from pairclip.index.segments import Segment
 
 HEADER = "image_index.json"
-_FORMAT, _VERSION = "pairclip.ImageIndex", 1
-_TENSORS_FILE = re.compile(r"image_index-[0-9a-f]{32}\.safetensors")
+_FORMAT, _VERSION = "pairclip.ImageIndex", 2
+_FILE = re.compile(r"image_index-[0-9a-f]{32}\.safetensors")
+_LEFTOVERS = r"\.image_index.*\.[0-9a-f]{32}"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_WAITED_SECONDS = 600
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 Header = dict[str, Any]
 
 
-def write_index(folder: Path, tensors: Mapping[str, Tensor], description: Header) -> Header:
-    """Write an index into a folder, over the one that is there; returns its header."""
+def write_index(
+    folder: Path, segments: Sequence[Segment], fields: Header, saved: Header | None
+) -> tuple[Header, list[Segment]]:
+    """Write an index into a folder, over the one that is there.
+
+    Args:
+        folder: Made if it is missing.
+        segments: Of the index; what is in a file of `saved` already is not written again.
+        fields: What the header says beside them.
+        saved: The header with which these segments were last written here or read from here.
+
+    Returns:
+        The new header, and the segments as they are in the files.
+    """
     if folder.is_file():
         raise FileExistsError(f"`folder` must be a folder, got the file '{folder}'.")
     folder.mkdir(parents=True, exist_ok=True)
-    old, new = _tensors_file_in(folder), folder / f"image_index-{uuid.uuid4().hex}.safetensors"
-    header = {"format": _FORMAT, "version": _VERSION, **description}
-    try:
-        with _files.whole_file(new) as file:
-            write_tensors(file, tensors)
-        size = new.stat().st_size
-        header["tensors"] = {"file": new.name, "bytes": size, "sha256": _files.checksum(new)}
-        header["sha256"] = _files.checksum_of_fields(header)
-        _files.write_json(folder / HEADER, header)
-    finally:
-        # Whichever way it went, and wherever it was interrupted, the JSON says what is in use.
-        for name in {old, new.name} - {_tensors_file_in(folder), None}:
-            (folder / str(name)).unlink(missing_ok=True)
-    _files.flush(folder)
-    return header
+    held = "is being written to by another process, for more than ten minutes now."
+    with _files.locked(folder, held, seconds=_WAITED_SECONDS):
+        _remove_unused(folder)
+        current = _current(folder)
+        same = saved is not None and current is not None and current["sha256"] == saved["sha256"]
+        try:
+            written = [_written(folder, group, same) for group in _groups(segments, same)]
+            header = _files.sealed(
+                {"format": _FORMAT, "version": _VERSION, **fields}
+                | {"num_images": sum(map(len, written)), "segments": list(map(_entry, written))}
+            )
+            _files.write_json(folder / HEADER, header)
+        finally:
+            _remove_unused(folder)
+    return header, written
 
 
-def read_index(folder: Path) -> tuple[Header, MappedTensors]:
-    """Header, and memory-mapped embeddings and labels, checked against each other."""
-    header = read_header(folder)
-    path = folder / header["tensors"]["file"]
-    if not path.is_file():
-        raise FileNotFoundError(f"'{path}' is missing, and the index's embeddings are in it.")
-    if path.stat().st_size != header["tensors"]["bytes"]:
-        raise ValueError(
-            f"'{path}' is damaged: it has {path.stat().st_size} bytes instead of "
-            f"{header['tensors']['bytes']}."
-        )
-    tensors = MappedTensors(path)
-    shape = [header["num_images"], header["embedding_dim"]]
-    expected = {"embeddings": (shape, DTYPES[header["dtype"]])}
-    if header["has_labels"]:
-        expected["labels"] = (shape[:1], torch.int64)
-    if {name: (list(t.shape), t.dtype) for name, t in tensors.items()} != expected:
-        raise ValueError(f"'{path}' is damaged: its tensors are not those that {HEADER} tells of.")
-    return header, tensors
+def read_index(folder: Path) -> tuple[Header, list[Segment]]:
+    """Header and segments, their embeddings mapped, checked against each other."""
+    while True:
+        header = read_header(folder)
+        try:
+            return header, [_segment(folder, header, entry) for entry in _entries(header)]
+        except FileNotFoundError:
+            # Written anew meanwhile, or truly missing.
+            if read_header(folder)["sha256"] == header["sha256"]:
+                raise
 
 
 def read_header(folder: Path) -> Header:
     """The JSON of an index, each of its fields of the right kind."""
     path = folder / HEADER
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(
             f"`folder` '{folder}' has no {HEADER}, so no index was saved there."
         )
     header = _files.read_json(path)
     if not (isinstance(header, dict) and header.get("format") == _FORMAT):
         raise ValueError(f"'{path}' is no index of pairclip. Choose the folder of a saved one.")
+    _files.check_seal(header, path)
     _files.check_format(header.get("version"), _VERSION, f"'{path}'")
-    for field, is_valid in _FIELDS.items():
-        if field not in header or not is_valid(header[field], header):
+    for field, is_valid in (_FIELDS | (_FIRST if header.get("version") == 1 else _SECOND)).items():
+        if field not in header or not is_valid(header[field]):
             raise ValueError(f"'{path}' is damaged: its field {field!r} is missing or wrong.")
     return header
 
 
 def verify_index(folder: Path, header: Header) -> None:
     """Raise unless the folder still has the index with this header, whole."""
-    found = read_header(folder)
-    if found["sha256"] != _files.checksum_of_fields(found):
-        raise ValueError(f"'{folder / HEADER}' is damaged: its checksum differs.")
-    if found["sha256"] != header["sha256"]:
+    if read_header(folder)["sha256"] != header["sha256"]:
         raise ValueError(f"The index in '{folder}' is another one by now. Load it again.")
-    path = folder / header["tensors"]["file"]
-    if _files.checksum(path) != header["tensors"]["sha256"]:
-        raise ValueError(f"'{path}' is damaged: its checksum differs.")
+    for entry in _entries(header):
+        path = folder / entry["file"]
+        if _files.checksum(path) != entry["sha256"]:
+            raise ValueError(f"'{path}' is damaged: its checksum differs.")
 
 
-def _is_count(value: Any, header: Header) -> bool:
+def _groups(segments: Sequence[Segment], same: bool) -> list[list[Segment]]:
+    """Segments that go into one file each; of a file that stays, one that has its entry."""
+    if not same:
+        return [list(segments)]
+    groups: list[list[Segment]] = []
+    for segment in segments:
+        groups.append([segment])
+        # What is written anew takes small ones before it along, so that they stay few.
+        while (
+            len(groups) > 1
+            and not _stays(groups[-1])
+            and _size(groups[-2]) <= 2 * _size(groups[-1])
+        ):
+            last = groups.pop()
+            groups[-1] += last
+    return groups
+
+
+def _stays(group: list[Segment]) -> bool:
+    """Whether its file is as good as a new one: there, and most of its rows are in use."""
+    return (
+        len(group) == 1 and group[0].entry is not None and 2 * len(group[0]) >= len(group[0].rows)
+    )
+
+
+def _size(group: list[Segment]) -> int:
+    return sum(map(len, group))
+
+
+def _written(folder: Path, group: list[Segment], same: bool) -> Segment:
+    """The group as one segment that is in a file."""
+    first = group[0]
+    if same and _stays(group):
+        return first
+    path = folder / f"image_index-{uuid.uuid4().hex}.safetensors"
+    count = _size(group)
+    details: dict[str, Tensor] = {}
+    if first.labels is not None:
+        labels = [segment.kept(segment.labels) for segment in group if segment.labels is not None]
+        details["labels"] = torch.cat(labels)
+    paths: list[str | None] | None = None
+    if any(segment.paths is not None for segment in group):
+        paths = [path for segment in group for path in segment.kept_paths()]
+        text = json.dumps(paths).encode()
+        details["paths"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    rows = (first.rows.dtype, (count, first.rows.shape[1]))
+    layout: dict[str, tuple[torch.dtype, Sequence[int]]] = {
+        # The widest elements first, so that each lies where its elements may.
+        name: (details[name].dtype, details[name].shape) if name in details else rows
+        for name in ("labels", "embeddings", "paths")
+        if name in {"embeddings", *details}
+    }
+    with _files.whole_file(path) as file:
+        _files.write_header(file, layout)
+        for name in layout:
+            pieces = [details[name]] if name in details else (s.kept(s.rows) for s in group)
+            for piece in pieces:
+                file.write(_files.bytes_of(piece))
+    entry = {
+        "file": path.name,
+        "bytes": path.stat().st_size,
+        "sha256": _files.checksum(path),
+        "details_sha256": _checksum_of(details),
+        "num_rows": count,
+    }
+    if len(group) == 1 and first.left is None:
+        return Segment(first.rows, first.labels, first.paths, first.mapped, entry)
+    mapped = _files.MappedTensors(path)
+    return Segment(mapped["embeddings"], details.get("labels"), paths, mapped, entry)
+
+
+def _entry(segment: Segment) -> Header:
+    removed: list[int] = []
+    if segment.left is not None:
+        gone = torch.ones(len(segment.rows), dtype=torch.bool)
+        gone[segment.left] = False
+        removed = gone.nonzero()[:, 0].tolist()
+    return {**(segment.entry or {}), "removed": removed}
+
+
+def _entries(header: Header) -> list[Header]:
+    if header["version"] == 1:
+        return [{**header["tensors"], "num_rows": header["num_images"], "removed": []}]
+    entries: list[Header] = header["segments"]
+    return entries
+
+
+def _segment(folder: Path, header: Header, entry: Header) -> Segment:
+    path = folder / entry["file"]
+    try:
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            raise ValueError(f"'{path}' is damaged: it has {size} bytes, not {entry['bytes']}.")
+        tensors = _files.MappedTensors(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"'{path}' is missing, and embeddings are in it.") from error
+    expected = {"embeddings": ([entry["num_rows"], header["embedding_dim"]], header["dtype"])}
+    if header["has_labels"]:
+        expected["labels"] = ([entry["num_rows"]], "int64")
+    shapes = {
+        name: (list(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        for name, tensor in tensors.items()
+        if name != "paths"
+    }
+    if shapes != expected:
+        raise ValueError(f"'{path}' is damaged: its tensors are not those that {HEADER} tells of.")
+    details = {name: tensors[name].clone() for name in ("labels", "paths") if name in tensors}
+    paths = header.get("paths")
+    if "details_sha256" in entry:
+        if _checksum_of(details) != entry["details_sha256"]:
+            raise ValueError(f"'{path}' is damaged: the checksum of its labels and paths differs.")
+        if "paths" in details:
+            paths = json.loads(bytes(_files.bytes_of(details["paths"])))
+    if paths is not None and not _are_paths(paths, entry["num_rows"]):
+        raise ValueError(f"'{path}' is damaged: its paths are not those of its images.")
+    left = None
+    if entry["removed"]:
+        stay = torch.ones(entry["num_rows"], dtype=torch.bool)
+        stay[torch.tensor(entry["removed"])] = False
+        left = stay.nonzero()[:, 0]
+    return Segment(
+        tensors["embeddings"],
+        details.get("labels"),
+        paths,
+        tensors,
+        # A file of the first format has no paths, so it is written anew.
+        entry if header["version"] == _VERSION else None,
+        left,
+    )
+
+
+def _checksum_of(details: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(details):
+        digest.update(_files.bytes_of(details[name]))
+    return digest.hexdigest()
+
+
+def _current(folder: Path) -> Header | None:
+    """The header of the index in a folder, if there is a readable one."""
+    with suppress(FileNotFoundError, ValueError):
+        return read_header(folder)
+    return None
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove files that no header mentions: whoever holds the lock has no use for them."""
+    current = _current(folder)
+    used = {entry["file"] for entry in _entries(current)} if current else set()
+    if current is None and (folder / HEADER).exists():
+        return  # damaged, or of a newer version, so its files may be of use
+    for path in folder.iterdir():
+        if _FILE.fullmatch(path.name) and path.name not in used:
+            path.unlink(missing_ok=True)
+    _files.remove_leftovers(folder, _LEFTOVERS)
+
+
+def _are_paths(paths: Any, count: int) -> bool:
+    is_valid = _is_list_of(lambda path: path is None or isinstance(path, str))
+    return is_valid(paths) and len(paths) == count
+
+
+def _is_count(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
-def _is_text(value: Any, header: Header) -> bool:
-    return isinstance(value, str)
+def _is_list_of(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(is_valid, value))
 
 
-def _is_list_of_names(value: Any, header: Header) -> bool:
-    return value is None or (
-        isinstance(value, list) and all(isinstance(name, str) for name in value)
-    )
-
-
-def _are_paths(value: Any, header: Header) -> bool:
-    return value is None or (
-        isinstance(value, list)
-        and len(value) == header["num_images"]
-        and all(path is None or isinstance(path, str) for path in value)
-    )
-
-
-def _is_file_entry(value: Any, header: Header) -> bool:
+def _is_file_entry(value: Any) -> bool:
     # A name of the one form that is written never leads out of the folder.
     return (
         isinstance(value, dict)
-        and _TENSORS_FILE.fullmatch(str(value.get("file"))) is not None
+        and _FILE.fullmatch(str(value.get("file"))) is not None
         and _SHA256.fullmatch(str(value.get("sha256"))) is not None
-        and _is_count(value.get("bytes"), header)
+        and _is_count(value.get("bytes"))
     )
 
 
-_FIELDS = {
+def _is_segment(value: Any) -> bool:
+    if not (_is_file_entry(value) and _is_count(value.get("num_rows"))):
+        return False
+    removed, rows = value.get("removed"), value["num_rows"]
+    return (
+        _SHA256.fullmatch(str(value.get("details_sha256"))) is not None
+        and _is_list_of(lambda row: type(row) is int and 0 <= row < rows)(removed)
+        and len(set(removed)) < rows
+    )
+
+
+_FIELDS: dict[str, Callable[[Any], bool]] = {
     "version": _is_count,
-    "fingerprint": _is_text,
+    "fingerprint": lambda value: isinstance(value, str),
     "num_images": _is_count,
     "embedding_dim": _is_count,
-    "dtype": lambda value, header: isinstance(value, str) and value in DTYPES,
-    "has_labels": lambda value, header: isinstance(value, bool),
-    "class_names": _is_list_of_names,
-    "paths": _are_paths,
-    "tensors": _is_file_entry,
-    "sha256": _is_text,
+    "dtype": lambda value: isinstance(value, str) and value in DTYPES,
+    "has_labels": lambda value: isinstance(value, bool),
+    "class_names": lambda value: (
+        value is None or _is_list_of(lambda name: isinstance(name, str))(value)
+    ),
 }
-
-
-def _tensors_file_in(folder: Path) -> str | None:
-    """Name of the tensors' file of the index in a folder, if there is a readable one."""
-    try:
-        return str(read_header(folder)["tensors"]["file"])
-    except (FileNotFoundError, ValueError):
-        return None
+_FIRST: dict[str, Callable[[Any], bool]] = {
+    "tensors": _is_file_entry,
+    "paths": lambda value: value is None or isinstance(value, list),
+}
+_SECOND: dict[str, Callable[[Any], bool]] = {
+    "segments": lambda value: _is_list_of(_is_segment)(value) and bool(value)
+}

@@ -1,0 +1,102 @@
+"""Approximate search: FAISS beside the exact index."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pairclip import FaissIndex, ImageIndex, _files, search_recall
+
+faiss = pytest.importorskip("faiss")
+
+
+def index_of(count: int, size: int = 16, **fields: Any) -> ImageIndex:
+    generator = torch.Generator().manual_seed(0)
+    rows = nn.functional.normalize(torch.randn(count, size, generator=generator))
+    absent = {"labels": None, "class_names": None, "paths": None, "fingerprint": "none"}
+    return ImageIndex(rows.half(), **{**absent, **fields})
+
+
+def test_a_flat_one_answers_as_the_exact_one(tmp_path: Path) -> None:
+    fields = {"labels": torch.arange(300) % 2, "class_names": ["a", "\udcff"]}
+    exact = index_of(300, **fields, paths=[f"{i}.jpg" for i in range(300)])
+    exact.remove(range(7))
+    queries = 5 * exact.embeddings[:9].float()
+    made = exact.to_faiss("Flat")
+    exact.save(tmp_path)
+    made.save(tmp_path)
+    for index in (made, FaissIndex.load(tmp_path)):
+        assert (len(index), index.fingerprint) == (293, "none")
+        assert repr(index).startswith("FaissIndex(293 images, IndexFlat")
+        for one, other in zip(index.search(queries, k=4), exact.search(queries, k=4), strict=True):
+            for found, expected in zip(one, other, strict=True):
+                assert found.score == pytest.approx(expected.score, abs=1e-4)
+                assert vars(found) == {**vars(expected), "score": found.score}
+        assert len(index.search(queries[0], k=10**9)) == 293
+        assert [m.index for m in index.search(queries[0], min_score=0.999)] == [0]
+        assert search_recall(exact, index, queries, k=5) == 1.0
+    # Both are in one folder, and neither touches the other.
+    exact.save(tmp_path)
+    assert len(ImageIndex.load(tmp_path)) == len(FaissIndex.load(tmp_path)) == 293
+
+
+def test_recall_is_what_is_missed() -> None:
+    exact = index_of(2000)
+    queries = torch.randn(50, 16, generator=torch.Generator().manual_seed(1))
+    few, more = (exact.to_faiss("IVF20,Flat", nprobe=n) for n in (1, 20))
+    assert search_recall(exact, few, queries) < search_recall(exact, more, queries) == 1.0
+    _, indices = few.nearest_neighbors(queries, 10)
+    _, expected = exact.nearest_neighbors(queries, 10)
+    hits = [len({*a} & {*b}) for a, b in zip(indices.tolist(), expected.tolist(), strict=True)]
+    assert search_recall(exact, few, queries) == pytest.approx(sum(hits) / 500)
+    assert few.faiss.nprobe == 1
+
+
+def test_a_tower_searches_by_image_and_another_is_refused(tower, images, tmp_path: Path) -> None:
+    exact = ImageIndex.build(tower, images)
+    made = exact.to_faiss()
+    made.save(tmp_path)
+    assert made.search(images[0][5], k=1)[0].index == 5
+    assert FaissIndex.load(tmp_path, tower).search(images[0][5], k=1)[0].index == 5
+    with pytest.raises(ValueError, match="loaded without a tower"):
+        FaissIndex.load(tmp_path).search(images[0][5])
+    with torch.no_grad():
+        next(tower.parameters()).add_(1)
+    for search in (lambda: made.search(images[0][5]), lambda: FaissIndex.load(tmp_path, tower)):
+        with pytest.raises(ValueError, match="`tower` is another one"):
+            search()
+
+
+def test_wrong_arguments() -> None:
+    exact = index_of(30)
+    with pytest.raises(ValueError, match=r"`factory` 'Nonsense' can't be made by FAISS of 30"):
+        exact.to_faiss("Nonsense")
+    with pytest.raises(ValueError, match=r"`factory` 'IVF100,Flat' can't be made by FAISS of 30"):
+        exact.to_faiss("IVF100,Flat")
+    with pytest.raises(ValueError, match="`nprobe` must be at least 1, got 0"):
+        exact.to_faiss("IVF2,Flat", nprobe=0)
+    with pytest.raises(ValueError, match="embedding size of the index, 16, got 3"):
+        exact.to_faiss().search(torch.zeros(2, 3))
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    index_of(30).to_faiss().save(tmp_path)
+    (path,) = tmp_path.glob("faiss_index-*")
+    header = tmp_path / "faiss_index.json"
+    for file in (path, header):
+        content = file.read_bytes()
+        for place in range(0, len(content), 7):
+            damaged = bytearray(content)
+            damaged[place] ^= 1 << place % 8
+            file.write_bytes(damaged)
+            with pytest.raises(ValueError, match=r"is damaged|is no FAISS index"):
+                FaissIndex.load(tmp_path)
+        file.write_bytes(content)
+    newer = _files.sealed({"format": "pairclip.FaissIndex", "version": 2})
+    _files.write_json(header, newer)
+    with pytest.raises(ValueError, match="has format 2, and this version"):
+        FaissIndex.load(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        FaissIndex.load(tmp_path / "none")
