@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from pairclip import Evaluation, History, evaluate_embeddings
-from pairclip.evaluation.showing import similarity_order
+from pairclip.evaluation.showing import similarity_order, with_clearest_classes
 from pairclip.plots import (
     plot_class_similarity,
     plot_history,
@@ -191,7 +191,21 @@ def test_history_shows_loss_rate_and_evaluations(tmp_path: Path) -> None:
     assert held_out.lines[0].get_xdata().tolist() == [40, 80]
     assert rate.get_xlabel() == "step"
     smooth = loss.lines[1]
+    # The mean of three steps stands at the one in the middle.
+    assert smooth.get_xdata()[0] == 2
     np.testing.assert_allclose(smooth.get_ydata()[0], np.mean(loss.lines[0].get_ydata()[:3]))
+    names = [text.get_text() for text in loss.get_legend().get_texts()]
+    assert names == ["each step", "mean of 3 steps around it"]
+
+
+def test_classes_are_ordered_by_the_evaluation_that_tells_them_apart() -> None:
+    flat = evaluate_embeddings(torch.ones(8, 2) + 0.01 * torch.eye(8, 2), torch.arange(8) // 2)
+    apart = evaluate_embeddings(torch.eye(4)[torch.arange(8) // 2], torch.arange(8) // 2)
+    leaning = evaluate_embeddings(
+        torch.eye(2)[torch.arange(8) // 4] + 0.2 * torch.eye(8, 2), torch.arange(8) // 2
+    )
+    assert with_clearest_classes([flat, leaning]) == 1
+    assert with_clearest_classes([leaning, apart]) == 0
 
 
 def test_wrong_arguments_are_named() -> None:

@@ -299,6 +299,9 @@ def _draw(
 ) -> None:
     """The pictures; what can't be drawn is said."""
     below = f"\n({shorten(note, 60, placeholder='…')})" if note else ""
+    from pairclip.evaluation.showing import with_clearest_classes
+
+    clearest = (before, after)[with_clearest_classes((before, after))]
     try:
         for when, evaluation in (("before", before), ("after", after)):
             pairclip.plot_similarity_matrix(
@@ -309,7 +312,7 @@ def _draw(
             )
             pairclip.plot_class_similarity(
                 evaluation,
-                order=before,
+                order=clearest,
                 title=f"Mean similarity of classes {when} fine-tuning{below}",
                 path=folder / f"class_similarity_{when}.png",
             )

@@ -117,6 +117,16 @@ def pair_range(*evaluations: Evaluation) -> tuple[float, float]:
     return min(bounds) - room, max(bounds) + room
 
 
+def with_clearest_classes(evaluations: Sequence[Evaluation]) -> int:
+    """Which evaluation tells classes apart most, and so gives them an order that isn't noise."""
+    spreads = []
+    for evaluation in evaluations:
+        apart = ~np.eye(len(evaluation.class_similarity), dtype=bool)
+        values = evaluation.class_similarity[apart]
+        spreads.append(float(values.std()) if len(values) else 0.0)
+    return int(np.argmax(spreads))
+
+
 def similarity_order(similarity: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
     """Rows of a class similarity matrix as a dendrogram has them, so that like classes meet.
 

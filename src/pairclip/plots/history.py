@@ -49,11 +49,14 @@ def plot_history(
     steps = [record["step"] for record in history.steps]
     losses = np.array([record["loss"] for record in history.steps], float)
     many = len(steps) > 50
-    rows[0].plot(steps, losses, color="0.7" if many else "C0", linewidth=1, marker=_marker(steps))
+    style = {"color": "0.7", "label": "each step"} if many else {"color": "C0"}
+    rows[0].plot(steps, losses, linewidth=1, marker=_marker(steps), **style)
     if many:
-        window = len(steps) // 25
+        # Odd, so that the mean stands at the step in its middle.
+        window = len(steps) // 25 // 2 * 2 + 1
         smooth = np.convolve(losses, np.full(window, 1 / window), mode="valid")
-        rows[0].plot(steps[window - 1 :], smooth, color="C0", label=f"mean of {window} steps")
+        middles = steps[window // 2 : len(steps) - window // 2]
+        rows[0].plot(middles, smooth, color="C0", label=f"mean of {window} steps around it")
         rows[0].legend(frameon=False)
     rows[0].set_ylabel("loss")
     if evaluated:

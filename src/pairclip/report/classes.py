@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pairclip.evaluation import Evaluation
-from pairclip.evaluation.showing import similarity_order
+from pairclip.evaluation.showing import similarity_order, with_clearest_classes
 from pairclip.evaluation.wording import as_text, signed
 from pairclip.report.colors import heat_class
 from pairclip.report.html import Html, element, scrolling, table
@@ -21,7 +21,9 @@ def heatmaps(evaluations: dict[str, Evaluation]) -> Html:
     """Class similarities beside each other: one order, one colour scale."""
     compared = list(evaluations.values())
     places = _classes_to_show(compared)
-    order = places[similarity_order(compared[0].class_similarity[np.ix_(places, places)])]
+    clearest = with_clearest_classes(compared)
+    similarity = compared[clearest].class_similarity[np.ix_(places, places)]
+    order = places[similarity_order(similarity)]
     total = len(compared[0].class_names)
     which = "The classes" if len(order) == total else f"{len(order)} of {total} classes, those "
     which += "" if len(order) == total else "with the most similar others,"
@@ -31,7 +33,7 @@ def heatmaps(evaluations: dict[str, Evaluation]) -> Html:
             "p",
             f"Mean cosine of the images of two classes; on the diagonal, of two images of one "
             f"class. {which} stand in an order that puts like ones together"
-            + (" before" if len(evaluations) > 1 else "")
+            + (f" {list(evaluations)[clearest]}" if len(evaluations) > 1 else "")
             + ", and the colours run from -1 to 1 in every picture.",
             class_="intro",
         ),

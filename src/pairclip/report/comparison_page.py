@@ -73,13 +73,13 @@ def write_report(
     images = None if dataset is None else images_of(after, dataset)
     content = [
         section("In short", *_summaries(before, after)),
+        None if images is None else section("What queries found", gallery(evaluations, images)),
         section("Metrics", metrics_table(before, after), meanings()),
         section("Further images", *_also_tables(before, after)) if after.also else None,
         section("Similarity of classes", heatmaps(evaluations), confused_classes(evaluations)),
         section("Similarity of pairs", pair_histograms(evaluations), intro=_PAIRS),
         section("Class by class", class_table(before, after)),
         section("Training", training(history)) if history is not None and history.steps else None,
-        None if images is None else section("What queries found", gallery(evaluations, images)),
     ]
     path = Path(folder) / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)

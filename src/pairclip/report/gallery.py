@@ -21,6 +21,8 @@ from pairclip.report.thumbnails import Thumbnails
 
 _MOST_QUERIES = 60
 _NEIGHBORS = 5
+# Of each kind, before the others are folded away.
+_OPEN = 4
 
 
 class _Kind(NamedTuple):
@@ -46,13 +48,24 @@ def gallery(evaluations: dict[str, Evaluation], images: LabelledImages) -> Html:
                 "section",
                 element("h3", kind.title),
                 element("p", f"{number:,} of {len(kind.rows):,} queries{which}.", class_="intro"),
-                element("ul", *cases, class_="cases") if cases else None,
+                element("ul", *cases[:_OPEN], class_="cases") if cases else None,
+                _folded(cases[_OPEN:]),
                 class_="kind",
                 data_kind=kind.name,
             )
         )
     return element(
         "div", thumbnails.stored(), _filters(kinds, after), *parts, class_="gallery", id="gallery"
+    )
+
+
+def _folded(cases: list[Html]) -> Html | None:
+    if not cases:
+        return None
+    return element(
+        "details",
+        element("summary", f"{len(cases)} more"),
+        element("ul", *cases, class_="cases"),
     )
 
 

@@ -74,6 +74,8 @@ for (const form of document.querySelectorAll(".filters")) {
         (ofClass.value !== "" && ofClass.value !== item.dataset.class);
       shown += item.hidden ? 0 : 1;
     }
+    const chosen = kind.value !== "" || ofClass.value !== "";
+    for (const rest of form.parentNode.querySelectorAll("details")) rest.open = chosen;
     for (const part of form.parentNode.querySelectorAll(".kind"))
       part.hidden = kind.value !== "" && kind.value !== part.dataset.kind;
     form.querySelector("output").textContent = `${shown} of ${cases.length} queries`;
