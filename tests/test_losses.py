@@ -21,7 +21,15 @@ from pairclip import (
     cosine_pair_loss,
     on_pairs,
 )
-from pairclip.losses import all_pairs_gradient, batch as batch_module, hinge, linear, squared
+from pairclip.finetuner.identity import describe
+from pairclip.losses import (
+    all_pairs_gradient,
+    attraction,
+    batch as batch_module,
+    hinge,
+    linear,
+    squared,
+)
 from pairclip.losses.all_pairs_gradient import value_and_gradient
 
 checked = settings(deadline=None, derandomize=True, max_examples=60)
@@ -33,13 +41,21 @@ FORMS = [
     {"negatives": "hinge", "margin": 0.3},
     {"negatives": "squared"},
 ]
+WITH_POSITIVE_MARGIN = [
+    {"negatives": "linear", "positive_margin": 0.4},
+    {"negatives": "hinge", "margin": 0.3, "positive_margin": 0.9},
+    {"negatives": "squared", "positive_margin": -0.2},
+]
 FRACTIONS = [None, 0.0, 0.3, 1.0]
 
 each_form = pytest.mark.parametrize(
     "form", FORMS, ids=lambda form: "-".join(map(str, form.values()))
 )
+each_margin_too = pytest.mark.parametrize(
+    "form", [*FORMS, *WITH_POSITIVE_MARGIN], ids=lambda form: "-".join(map(str, form.values()))
+)
 each_fraction = pytest.mark.parametrize("fraction", FRACTIONS)
-forms = st.sampled_from(FORMS)
+forms = st.sampled_from([*FORMS, *WITH_POSITIVE_MARGIN])
 fractions = st.sampled_from(FRACTIONS)
 seeds = st.integers(0, 2**32 - 1)
 
@@ -78,13 +94,13 @@ def assert_close(actual, expected, tolerance=1e-10):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-def costs(similarity, same, negatives, margin=0.0):
+def costs(similarity, same, negatives, margin=0.0, positive_margin=1.0):
     different = {
         "linear": similarity,
         "hinge": (similarity - margin).clamp(min=0),
         "squared": similarity**2,
     }[negatives]
-    return torch.where(same, 1 - similarity, different)
+    return torch.where(same, (positive_margin - similarity).clamp(min=0), different)
 
 
 def brute_force(embeddings, labels, *, positive_fraction=None, **form):
@@ -171,9 +187,12 @@ def test_pair_loss_is_the_brute_force(batch, form):
     )
 
 
-def metric_learning_mean(embeddings, labels, neg_margin):
+def metric_learning_mean(embeddings, labels, neg_margin, pos_margin=1):
     loss = ContrastiveLoss(
-        pos_margin=1, neg_margin=neg_margin, distance=CosineSimilarity(), reducer=SumReducer()
+        pos_margin=pos_margin,
+        neg_margin=neg_margin,
+        distance=CosineSimilarity(),
+        reducer=SumReducer(),
     )
     return loss(embeddings, labels) / (len(labels) * (len(labels) - 1))
 
@@ -190,13 +209,14 @@ def test_linear_over_all_pairs_is_metric_learnings_contrastive_loss_less_the_con
 
 
 @checked
-@given(batches(), st.floats(-0.95, 0.95))
-def test_hinge_over_all_pairs_is_metric_learnings_contrastive_loss(batch, margin):
+@given(batches(), st.floats(-0.95, 0.95), st.floats(-0.95, 1))
+def test_hinge_over_all_pairs_is_metric_learnings_contrastive_loss(batch, margin, positive_margin):
     rows, labels = batch
-    actual = value_and_gradients(
-        lambda x: all_pairs_cosine_loss(x, labels, negatives="hinge", margin=margin), rows
+    form = {"negatives": "hinge", "margin": margin, "positive_margin": positive_margin}
+    actual = value_and_gradients(lambda x: all_pairs_cosine_loss(x, labels, **form), rows)
+    expected = value_and_gradients(
+        lambda x: metric_learning_mean(x, labels, margin, positive_margin), rows
     )
-    expected = value_and_gradients(lambda x: metric_learning_mean(x, labels, margin), rows)
     for ours, theirs in zip(actual, expected, strict=True):
         assert_close(ours, theirs)
 
@@ -239,8 +259,8 @@ SIZES_AND_WIDTHS = {
 }
 
 
-@each_form
-@each_fraction
+@each_margin_too
+@pytest.mark.parametrize("fraction", [None, 0.3])
 @pytest.mark.parametrize("sizes", SIZES_AND_WIDTHS)
 def test_class_sizes_do_not_matter(form, fraction, sizes):
     sizes, width = SIZES_AND_WIDTHS[sizes]
@@ -300,15 +320,18 @@ def test_class_slots_of_an_accelerator_give_the_same(batch, form, fraction, chai
         assert_close(ours, theirs)
 
 
-def on_meta(negatives):
+def on_meta(negatives, positive_margin=1.0):
     rows = torch.empty(9, 4, device="meta")
     labels = torch.empty(9, dtype=torch.int64, device="meta")
-    return value_and_gradient(rows, labels, negatives, 0.0, 0.5, wanted=True)[1].shape
+    return value_and_gradient(rows, labels, negatives, 0.0, positive_margin, 0.5, wanted=True)[
+        1
+    ].shape
 
 
 @pytest.mark.parametrize("negatives", ["linear", "hinge"])
 def test_linear_and_hinge_never_read_a_value_back_to_the_host(negatives):
     assert on_meta(negatives) == (9, 4)
+    assert on_meta(negatives, 0.5) == (9, 4)
 
 
 def test_squared_reads_class_sizes_back_so_the_check_above_can_fail():
@@ -329,7 +352,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@each_form
+@each_margin_too
 @pytest.mark.parametrize("classes", [4096, 800, 10, 1])
 def test_no_tensor_is_larger_than_the_embeddings(form, classes):
     rows = random_rows(4096, 16, dtype=torch.float32).requires_grad_()
@@ -449,8 +472,8 @@ def test_autocast_changes_nothing(form):
             assert torch.equal(inside, outside)
 
 
-@each_form
-@each_fraction
+@each_margin_too
+@pytest.mark.parametrize("fraction", [None, 0.3])
 @pytest.mark.parametrize("shape", [(24, 5), (8, 20)])
 def test_zero_row_has_similarity_zero_and_gradient_zero(form, fraction, shape):
     rows = random_rows(*shape)
@@ -470,7 +493,7 @@ def test_zero_row_has_similarity_zero_and_gradient_zero(form, fraction, shape):
     assert not gradient[zero].any()
 
 
-@each_form
+@each_margin_too
 def test_pair_with_a_zero_row_has_similarity_zero_and_gradient_zero(form):
     a, b = random_rows(2, 5, 3)
     a[0] = a[1] = b[1] = b[2] = 0
@@ -479,7 +502,7 @@ def test_pair_with_a_zero_row_has_similarity_zero_and_gradient_zero(form):
         lambda a, b: cosine_pair_loss(a, b, same, reduction="none", **form)[:3].sum(), a, b
     )
     different = max(0.0, -form.get("margin", 0.0))
-    assert value == 1 + 2 * different
+    assert value == max(0.0, form.get("positive_margin", 1.0)) + 2 * different
     assert not of_a[:2].any()
     assert not of_b[1:3].any()
     assert of_a.isfinite().all()
@@ -547,7 +570,7 @@ def test_no_pairs_cost_zero(form, reduction):
     assert cosine_pair_loss(rows, rows, same, reduction="none", **form).shape == (0,)
 
 
-@each_form
+@each_margin_too
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("labels", [torch.zeros(12), torch.arange(12), torch.arange(12) % 3])
 @pytest.mark.parametrize("width", [3, 20])
@@ -706,7 +729,14 @@ def test_inputs_are_left_as_they_were(form):
     assert torch.equal(labels, labels_before)
 
 
-@each_form
+def test_checkpoints_say_a_positive_margin_where_one_is_set():
+    assert describe(CosinePairLoss()) == (
+        "CosinePairLoss(negatives=linear, margin=0.0, reduction=mean)"
+    )
+    assert "positive_margin=0.9" in describe(AllPairsCosineLoss(positive_margin=0.9))
+
+
+@each_margin_too
 def test_modules_are_the_functions_with_settings(form):
     a, b = random_rows(2, 9, 4)
     labels = torch.arange(9) % 3
@@ -726,6 +756,10 @@ def test_modules_print_their_settings():
     )
     assert repr(CosinePairLoss(negatives="hinge", margin=0.2, reduction="sum")) == (
         "CosinePairLoss(negatives='hinge', margin=0.2, reduction='sum')"
+    )
+    assert repr(AllPairsCosineLoss(positive_margin=0.9)) == (
+        "AllPairsCosineLoss(negatives='linear', margin=0.0, positive_margin=0.9, "
+        "positive_fraction=None)"
     )
     assert repr(AllPairsCosineLoss(negatives="squared", positive_fraction=0.5)) == (
         "AllPairsCosineLoss(negatives='squared', margin=0.0, positive_fraction=0.5)"
@@ -782,6 +816,14 @@ each_loss = pytest.mark.parametrize(
             ValueError,
             "`margin` -0.5 would be ignored: only negatives='hinge' has a margin, .* is 'squared'",
         ),
+        (
+            {"positive_margin": 1.01},
+            ValueError,
+            r"`positive_margin` must be in \(-1, 1\], got 1.01. It is the similarity from which",
+        ),
+        ({"positive_margin": -1}, ValueError, r"`positive_margin` must be in \(-1, 1\], got -1"),
+        ({"positive_margin": math.nan}, ValueError, r"must be in \(-1, 1\], got nan"),
+        ({"positive_margin": None}, TypeError, "`positive_margin` must be a number, got None"),
         ({"temperature": 0.1}, TypeError, "temperature"),
     ],
 )
@@ -896,7 +938,7 @@ def test_wrong_labels_are_an_error(labels, error, message):
 
 
 @pytest.mark.parametrize(
-    "module", [all_pairs_gradient, linear, hinge, squared], ids=lambda m: m.__name__
+    "module", [all_pairs_gradient, attraction, linear, hinge, squared], ids=lambda m: m.__name__
 )
 def test_the_examples_of_the_closed_forms_are_right(module):
     failed, attempted = doctest.testmod(module)

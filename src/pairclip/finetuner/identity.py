@@ -22,6 +22,8 @@ from pairclip.finetuner.step import Trainer
 from pairclip.towers import tower_of
 
 _SAMPLED_ITEMS = 8
+# Arguments that there were not always: at these values a checkpoint of before then resumes.
+_ADDED_LATER = {"positive_margin": 1.0}
 
 
 def config_of(trainer: Trainer, sampler: BatchSampler, kept: KeptDeck | None) -> dict[str, Any]:
@@ -139,7 +141,8 @@ def _arguments(thing: Any) -> Iterator[tuple[str, Any]]:
         private = None if isinstance(thing, Callback) else getattr(thing, f"_{name}", None)
         value = getattr(thing, name, private)
         if isinstance(value, (bool, int, float, str)):
-            yield name, value
+            if _ADDED_LATER.get(name) != value:
+                yield name, value
         elif isinstance(value, torch.Generator):
             # Not its seed: one that has drawn since then draws something else now.
             yield name, _digest({"state": value.get_state()})

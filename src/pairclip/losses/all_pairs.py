@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from pairclip import _checks
 from pairclip.losses.all_pairs_gradient import value_and_gradient
 from pairclip.losses.first_order import with_gradient
-from pairclip.losses.forms import Negatives, check_form
+from pairclip.losses.forms import Negatives, check_form, described
 
 _SECOND_ORDER = (
     "`all_pairs_cosine_loss` has no second derivatives. Use `cosine_pair_loss` on pairs of the "
@@ -22,13 +22,15 @@ def all_pairs_cosine_loss(
     *,
     negatives: Negatives = "linear",
     margin: float = 0.0,
+    positive_margin: float = 1.0,
     positive_fraction: float | None = None,
 ) -> Tensor:
     """The pair loss over all ``B (B - 1) / 2`` pairs of a batch, without listing the pairs.
 
     Linear costs ``O(B D)`` time and memory, through the sum of each class. Squared costs at most
     ``O(B D^2)``, through second moments, or less through products of rows where those are fewer.
-    Hinge looks at every pair of different classes, in blocks of rows. On a GPU, linear and hinge
+    Hinge looks at every pair of different classes, in blocks of rows, and a `positive_margin` other
+    than 1 at every pair of one class. On a GPU, linear and hinge
     don't synchronise with the host. The gradient is computed in the forward pass; second
     derivatives are not supported.
 
@@ -39,6 +41,7 @@ def all_pairs_cosine_loss(
         negatives: Cost of a pair of different classes, as in `cosine_pair_loss`.
         margin: Similarity below which a pair of different classes costs nothing, in
             ``[-1, 1)``; for ``"hinge"`` only.
+        positive_margin: Similarity from which on a pair of one class costs nothing, in ``(-1, 1]``.
         positive_fraction: None for the plain mean over all pairs; ``f`` in ``[0, 1]`` for
             ``f * mean(same) + (1 - f) * mean(different)``, the expectation of `CosinePairLoss`
             on random pairs of which that fraction match. A kind of pair that the batch does not
@@ -63,7 +66,7 @@ def all_pairs_cosine_loss(
         Zhang et al. 2017, "Learning spread-out local feature descriptors" (second moment of
         non-matching pairs); Ranasinghe et al. 2021, "Orthogonal projection loss".
     """
-    check_form(negatives, margin)
+    check_form(negatives, margin, positive_margin)
     if positive_fraction is not None:
         _checks.check_fraction("positive_fraction", positive_fraction)
     embeddings = _checks.as_embeddings("embeddings", embeddings)
@@ -73,7 +76,13 @@ def all_pairs_cosine_loss(
 
     def compute(rows: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
         return value_and_gradient(
-            rows, labels, negatives, float(margin), positive_fraction, wanted=wanted
+            rows,
+            labels,
+            negatives,
+            float(margin),
+            float(positive_margin),
+            positive_fraction,
+            wanted=wanted,
         )
 
     with torch.autocast(rows.device.type, enabled=False):
@@ -86,6 +95,7 @@ class AllPairsCosineLoss(nn.Module):
     Args:
         negatives: ``"linear"`` (``S``, the default), ``"hinge"`` or ``"squared"``.
         margin: For ``"hinge"``, in ``[-1, 1)``.
+        positive_margin: Similarity that is enough for a pair of one class, in ``(-1, 1]``.
         positive_fraction: Weight of the pairs of one class, in ``[0, 1]``; None weighs all
             pairs alike.
 
@@ -105,14 +115,16 @@ class AllPairsCosineLoss(nn.Module):
         *,
         negatives: Negatives = "linear",
         margin: float = 0.0,
+        positive_margin: float = 1.0,
         positive_fraction: float | None = None,
     ) -> None:
         super().__init__()
-        check_form(negatives, margin)
+        check_form(negatives, margin, positive_margin)
         if positive_fraction is not None:
             _checks.check_fraction("positive_fraction", positive_fraction)
         self.negatives: Negatives = negatives
         self.margin = margin
+        self.positive_margin = positive_margin
         self.positive_fraction = positive_fraction
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
@@ -122,12 +134,10 @@ class AllPairsCosineLoss(nn.Module):
             labels,
             negatives=self.negatives,
             margin=self.margin,
+            positive_margin=self.positive_margin,
             positive_fraction=self.positive_fraction,
         )
 
     def extra_repr(self) -> str:
         """The settings, for `print`."""
-        return (
-            f"negatives={self.negatives!r}, margin={self.margin}, "
-            f"positive_fraction={self.positive_fraction}"
-        )
+        return f"{described(self)}, positive_fraction={self.positive_fraction}"

@@ -1,7 +1,7 @@
 """Value and gradient of the loss over all pairs of a batch, without the pairs.
 
-The pairs of one class cost ``1 - S``, whose sum is one of class sums in any form. What the pairs of
-different classes cost, each form says for itself. Differences are taken in float64: one class of
+The pairs of one class cost the same in any form (`attraction`). What the pairs of different classes
+cost, each form says for itself (`forms`). Differences are taken in float64: one class of
 two among thousands of single items leaves nothing of them in float32.
 
 Four items by hand, two of either class:
@@ -14,7 +14,7 @@ tensor([0.0000, 0.6000])
 >>> 2 - (sums.square().sum() - 4) / 2  # pairs less (sum_c |s_c|^2 - sum_i |z_i|^2) / 2
 tensor(1.4000)
 >>> labels = torch.tensor([0, 0, 1, 1])
->>> value_and_gradient(z, labels, "linear", 0.0, 1.0, wanted=False)[0]  # their mean
+>>> value_and_gradient(z, labels, "linear", 0.0, 1.0, 1.0, wanted=False)[0]  # their mean
 tensor(0.7000)
 """
 
@@ -23,6 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pairclip.losses import attraction
 from pairclip.losses.batch import Batch
 from pairclip.losses.forms import FORMS
 
@@ -32,6 +33,7 @@ def value_and_gradient(
     labels: Tensor,
     negatives: str,
     margin: float,
+    positive_margin: float,
     positive_fraction: float | None,
     *,
     wanted: bool,
@@ -49,20 +51,11 @@ def value_and_gradient(
         same_weight = _weight(positive_fraction, same_pairs)
         different_weight = _weight(1 - positive_fraction, all_pairs - same_pairs)
 
-    # Unit rows are so up to rounding: a class of one would add its rounding, and has no pair.
-    squared_rows = torch.zeros_like(batch.squared_sums).index_add_(
-        0, batch.classes.ids, batch.nonzero.double()
-    )
-    similarity = ((batch.squared_sums - squared_rows) * (counts > 1)).sum() / 2
+    same = attraction.over_all_pairs(batch, positive_margin, same_weight)
     different = FORMS[negatives].over_all_pairs(batch, margin, different_weight)
-    value = same_weight * (same_pairs - similarity) + different_weight * different.total
+    value = same_weight * same.total + different_weight * different.total
     value = value.to(rows.dtype)
-    if not wanted:
-        return value, None
-    of_classes = -same_weight * batch.sums
-    if different.of_classes is not None:
-        of_classes += different.of_classes
-    return value, batch.gradient_of_parts(of_classes, of_rows_destroyed=different.of_rows)
+    return value, batch.gradient_of_destroyed(same, different) if wanted else None
 
 
 def _weight(fraction: float, pairs: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from pairclip._vectors import Classes, class_sums, group_by_class, row_norms
 _PIECE = 1 << 19
 
 
-class Repulsion(NamedTuple):
-    """Sum of what the pairs of different classes cost, and its weighted gradient.
+class Term(NamedTuple):
+    """Sum of what all pairs of one kind cost, and its weighted gradient.
 
     The gradient is that with respect to the unit rows, and may come in two parts that add up.
     What is parallel to a row falls away later and need not be right.
@@ -85,15 +85,48 @@ class Batch(UnitRows):
         self.sums = class_sums(rows, self.classes, self._inverse)
         self.squared_sums = self.sums.square().sum(dim=1)
 
-    def gradient_of_parts(self, of_classes: Tensor, of_rows_destroyed: Tensor | None) -> Tensor:
-        """Gradient with respect to the rows, from its two parts with respect to the unit rows."""
-        table = of_classes.to(self.rows.dtype)
+    def gradient_of_destroyed(self, *terms: Term) -> Tensor:
+        """Gradient with respect to the rows, of the terms; theirs are no longer valid then."""
+        of_classes = [term.of_classes for term in terms if term.of_classes is not None]
+        table = _sum_into_first(of_classes or [torch.zeros_like(self.sums)]).to(self.rows.dtype)
+        of_rows = [term.of_rows for term in terms if term.of_rows is not None]
+        whole = _sum_into_first(of_rows) if of_rows else None
 
         def toward(piece: slice) -> Tensor:
             of_piece = table[self.classes.ids[piece]]
-            if of_rows_destroyed is not None:
-                of_piece += of_rows_destroyed[piece]
+            if whole is not None:
+                of_piece += whole[piece]
             return of_piece
 
-        out = torch.empty_like(self.rows) if of_rows_destroyed is None else of_rows_destroyed
-        return self.gradient(toward, out)
+        return self.gradient(toward, torch.empty_like(self.rows) if whole is None else whole)
+
+
+def _sum_into_first(tensors: list[Tensor]) -> Tensor:
+    for other in tensors[1:]:
+        tensors[0] += other
+    return tensors[0]
+
+
+def padded(classes: Classes, width: int) -> list[Tensor]:
+    """Rows of the classes of fewer than `width`, as tables ``[classes, members]`` padded by -1.
+
+    Classes of like size share a table, so that many small classes cost no more than few large
+    ones, and a table holds at most a fourth of the batch's rows, or one class.
+    """
+    tables = []
+    device = classes.order.device
+    longest = 1
+    while longest < 2 * width:
+        fits = (classes.counts <= longest) & (classes.counts > longest // 2)
+        members = (fits & (classes.counts < width)).nonzero()[:, 0]
+        per_table = max(1, len(classes.order) // (4 * longest))
+        for slots in members.split(per_table):
+            if not len(slots):
+                continue
+            member = torch.arange(longest, device=device)
+            present = member < classes.counts[slots, None]
+            places = classes.starts[slots, None] + member
+            rows = classes.order[places.clamp_max(len(classes.order) - 1)]
+            tables.append(rows.where(present, -1))
+        longest *= 2
+    return tables

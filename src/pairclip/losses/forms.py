@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
 from pairclip import _checks
 from pairclip.losses import hinge, linear, squared
-from pairclip.losses.batch import Batch, Repulsion
+from pairclip.losses.batch import Batch, Term
 
 Negatives = Literal["linear", "hinge", "squared"]
 
@@ -25,7 +25,7 @@ class Form(NamedTuple):
     cost: Callable[[Tensor, float], Tensor]
     # Sum over the pairs of different classes of a batch, with the margin; its gradient times the
     # weight, a float64 scalar, unless the batch wants none.
-    over_all_pairs: Callable[[Batch, float, Tensor], Repulsion]
+    over_all_pairs: Callable[[Batch, float, Tensor], Term]
     has_margin: bool = False
 
 
@@ -36,10 +36,11 @@ FORMS: dict[str, Form] = {
 }
 
 
-def check_form(negatives: str, margin: float) -> None:
-    """Raise unless the form is known and the margin is one that it takes."""
+def check_form(negatives: str, margin: float, positive_margin: float) -> None:
+    """Raise unless the form is known and the margins are ones that it takes."""
     _checks.check_choice("negatives", negatives, FORMS)
     _checks.check_number("margin", margin)
+    _checks.check_number("positive_margin", positive_margin)
     if not FORMS[negatives].has_margin:
         if margin != 0:
             raise ValueError(
@@ -50,3 +51,15 @@ def check_form(negatives: str, margin: float) -> None:
         raise ValueError(
             f"`margin` must be in [-1, 1), got {margin}. A margin of 1 never penalises a pair."
         )
+    if not -1 < positive_margin <= 1:
+        raise ValueError(
+            f"`positive_margin` must be in (-1, 1], got {positive_margin}. It is the similarity "
+            "from which on a pair of one class costs nothing."
+        )
+
+
+def described(loss: Any) -> str:
+    """The settings that a loss has of its form, for `print`."""
+    text = f"negatives={loss.negatives!r}, margin={loss.margin}"
+    # The default is left out, as it was before there was a choice.
+    return text if loss.positive_margin == 1 else f"{text}, positive_margin={loss.positive_margin}"

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from pairclip import _checks
 from pairclip._vectors import differentiable_unit_rows
-from pairclip.losses.forms import FORMS, Negatives, check_form
+from pairclip.losses import attraction
+from pairclip.losses.forms import FORMS, Negatives, check_form, described
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -22,12 +23,13 @@ def cosine_pair_loss(
     *,
     negatives: Negatives = "linear",
     margin: float = 0.0,
+    positive_margin: float = 1.0,
     reduction: Reduction = "mean",
 ) -> Tensor:
     """Pull pairs of one class together and push pairs of different classes apart.
 
-    With the cosine similarity ``S`` of a pair, a pair of one class costs ``1 - S`` and a pair of
-    different classes, by `negatives`:
+    With the cosine similarity ``S`` of a pair, a pair of one class costs ``1 - S``, or in general
+    ``max(0, positive_margin - S)``, and a pair of different classes, by `negatives`:
 
     - ``"linear"``: ``S``, so the loss is ``(1 - same) * S + same * (1 - S)``;
     - ``"hinge"``: ``max(0, S - margin)``;
@@ -42,6 +44,7 @@ def cosine_pair_loss(
         negatives: Cost of a pair of different classes.
         margin: Similarity below which a pair of different classes costs nothing, in
             ``[-1, 1)``; for ``"hinge"`` only.
+        positive_margin: Similarity from which on a pair of one class costs nothing, in ``(-1, 1]``.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``. The mean of no pairs is 0.
 
     Returns:
@@ -63,7 +66,7 @@ def cosine_pair_loss(
         Hadsell, Chopra and LeCun 2006, "Dimensionality reduction by learning an invariant
         mapping" (contrastive loss); `torch.nn.CosineEmbeddingLoss` (the hinge on cosines).
     """
-    check_form(negatives, margin)
+    check_form(negatives, margin, positive_margin)
     _checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
     a, b = _checks.as_embeddings("a", a), _checks.as_embeddings("b", b)
     if a.shape != b.shape:
@@ -76,7 +79,7 @@ def cosine_pair_loss(
         a, b = (rows if rows.dtype == torch.float64 else rows.float() for rows in (a, b))
         similarity = (differentiable_unit_rows(a) * differentiable_unit_rows(b)).sum(dim=1)
         different = FORMS[negatives].cost(similarity, margin)
-        cost = torch.where(matching, 1 - similarity, different)
+        cost = torch.where(matching, attraction.cost(similarity, positive_margin), different)
         if reduction == "none":
             return cost
         total = cost.sum()
@@ -89,6 +92,7 @@ class CosinePairLoss(nn.Module):
     Args:
         negatives: ``"linear"`` (``S``, the default), ``"hinge"`` or ``"squared"``.
         margin: For ``"hinge"``, in ``[-1, 1)``.
+        positive_margin: Similarity that is enough for a pair of one class, in ``(-1, 1]``.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
 
     Raises:
@@ -109,13 +113,15 @@ class CosinePairLoss(nn.Module):
         *,
         negatives: Negatives = "linear",
         margin: float = 0.0,
+        positive_margin: float = 1.0,
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
-        check_form(negatives, margin)
+        check_form(negatives, margin, positive_margin)
         _checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
         self.negatives: Negatives = negatives
         self.margin = margin
+        self.positive_margin = positive_margin
         self.reduction: Reduction = reduction
 
     def forward(self, a: Tensor, b: Tensor, same: Tensor) -> Tensor:
@@ -126,12 +132,13 @@ class CosinePairLoss(nn.Module):
             same,
             negatives=self.negatives,
             margin=self.margin,
+            positive_margin=self.positive_margin,
             reduction=self.reduction,
         )
 
     def extra_repr(self) -> str:
         """The settings, for `print`."""
-        return f"negatives={self.negatives!r}, margin={self.margin}, reduction={self.reduction!r}"
+        return f"{described(self)}, reduction={self.reduction!r}"
 
 
 def on_pairs(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> nn.Module:

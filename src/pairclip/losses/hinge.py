@@ -35,7 +35,7 @@ from torch import Tensor
 
 from pairclip import _vectors
 from pairclip._vectors import Classes
-from pairclip.losses.batch import Batch, Repulsion
+from pairclip.losses.batch import Batch, Term
 
 
 def cost(similarity: Tensor, margin: float) -> Tensor:
@@ -43,7 +43,7 @@ def cost(similarity: Tensor, margin: float) -> Tensor:
     return (similarity - margin).clamp_min(0)
 
 
-def over_all_pairs(batch: Batch, margin: float, weight: Tensor) -> Repulsion:
+def over_all_pairs(batch: Batch, margin: float, weight: Tensor) -> Term:
     """Sum of ``max(0, S - margin)`` over the pairs of different classes, in ``O(B^2 D)``."""
     unit, classes = batch.unit(), batch.classes
     rows, ids = unit[classes.order], classes.ids[classes.order]
@@ -67,10 +67,10 @@ def over_all_pairs(batch: Batch, margin: float, weight: Tensor) -> Repulsion:
             gradient[block.start : block.stop] += toward
             gradient[block.first :].addmm_(active.T, left)
     if not batch.wanted:
-        return Repulsion(total)
+        return Term(total)
     gradient.mul_(weight.to(unit.dtype))
     in_order = torch.empty_like(gradient).index_copy_(0, classes.order, gradient)
-    return Repulsion(total, of_rows=in_order)
+    return Term(total, of_rows=in_order)
 
 
 class _RowBlock(NamedTuple):

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pairclip.losses.batch import Batch, Repulsion
+from pairclip.losses.batch import Batch, Term
 
 
 def cost(similarity: Tensor, margin: float) -> Tensor:
@@ -33,10 +33,10 @@ def cost(similarity: Tensor, margin: float) -> Tensor:
     return similarity
 
 
-def over_all_pairs(batch: Batch, margin: float, weight: Tensor) -> Repulsion:
+def over_all_pairs(batch: Batch, margin: float, weight: Tensor) -> Term:
     """Sum of ``S`` over the pairs of different classes, in ``O(B D)``."""
     total = batch.sums.sum(dim=0)
-    return Repulsion(
+    return Term(
         (total.square().sum() - batch.squared_sums.sum()) / 2,
         of_classes=weight * (total - batch.sums) if batch.wanted else None,
     )

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from pairclip._vectors import Classes
-from pairclip.losses.batch import Batch, Repulsion
+from pairclip.losses.batch import Batch, Term, padded
 
 
 def cost(similarity: Tensor, margin: float) -> Tensor:
@@ -37,7 +37,7 @@ def cost(similarity: Tensor, margin: float) -> Tensor:
     return similarity.square()
 
 
-def over_all_pairs(batch: Batch, margin: float, weight: Tensor) -> Repulsion:
+def over_all_pairs(batch: Batch, margin: float, weight: Tensor) -> Term:
     """Sum of ``S^2`` over the pairs of different classes, in ``O(B D min(B, D))``."""
     unit, classes = batch.unit(), batch.classes
     size, width = unit.shape
@@ -47,10 +47,10 @@ def over_all_pairs(batch: Batch, margin: float, weight: Tensor) -> Repulsion:
     similarity = unit @ unit.T
     similarity.masked_fill_(classes.ids[:, None] == classes.ids, 0)
     total = similarity.square().sum(dtype=torch.float64) / 2
-    return Repulsion(total, of_rows=similarity.mul_(scale) @ unit if batch.wanted else None)
+    return Term(total, of_rows=similarity.mul_(scale) @ unit if batch.wanted else None)
 
 
-def _by_moments(unit: Tensor, classes: Classes, scale: Tensor, wanted: bool) -> Repulsion:
+def _by_moments(unit: Tensor, classes: Classes, scale: Tensor, wanted: bool) -> Term:
     width = unit.shape[1]
     counts, starts = classes.counts.tolist(), classes.starts.tolist()
     large = [
@@ -78,7 +78,7 @@ def _by_moments(unit: Tensor, classes: Classes, scale: Tensor, wanted: bool) -> 
         total += (toward * rest_unit).sum(dim=1).double().sum()
         if gradient is not None:
             gradient[rest] = toward.mul_(scale)
-        for rows in _padded(classes, width):
+        for rows in padded(classes, width):
             present = (rows >= 0)[:, :, None]
             members = unit[rows] * present
             similarity = members @ members.mT
@@ -86,29 +86,4 @@ def _by_moments(unit: Tensor, classes: Classes, scale: Tensor, wanted: bool) -> 
             if gradient is not None:
                 own = (similarity @ members).mul_(scale)
                 gradient[rows[rows >= 0]] -= own[present[:, :, 0]]
-    return Repulsion(total / 2, of_rows=gradient)
-
-
-def _padded(classes: Classes, width: int) -> list[Tensor]:
-    """Rows of the classes of fewer than `width`, as tables ``[classes, members]`` padded by -1.
-
-    Classes of like size share a table, so that many small classes cost no more than few large
-    ones, and a table holds at most a fourth of the batch's rows, or one class.
-    """
-    tables = []
-    device = classes.order.device
-    longest = 1
-    while longest < 2 * width:
-        fits = (classes.counts <= longest) & (classes.counts > longest // 2)
-        members = (fits & (classes.counts < width)).nonzero()[:, 0]
-        per_table = max(1, len(classes.order) // (4 * longest))
-        for slots in members.split(per_table):
-            if not len(slots):
-                continue
-            member = torch.arange(longest, device=device)
-            present = member < classes.counts[slots, None]
-            places = classes.starts[slots, None] + member
-            rows = classes.order[places.clamp_max(len(classes.order) - 1)]
-            tables.append(rows.where(present, -1))
-        longest *= 2
-    return tables
+    return Term(total / 2, of_rows=gradient)
