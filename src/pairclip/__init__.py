@@ -99,6 +99,7 @@ if TYPE_CHECKING:
     )
     from pairclip.samplers import (
         ClassBalancedSampler as ClassBalancedSampler,
+        GroupSampler as GroupSampler,
         PairSampler as PairSampler,
     )
     from pairclip.similarity import (
@@ -127,7 +128,7 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
         "on_pairs",
         "target_similarity_loss",
     ),
-    "samplers": ("ClassBalancedSampler", "PairSampler"),
+    "samplers": ("ClassBalancedSampler", "GroupSampler", "PairSampler"),
     "similarity": ("class_similarity_matrix", "nearest_neighbors", "similarity_matrix"),
     "retrieval": (
         "PairSeparation",

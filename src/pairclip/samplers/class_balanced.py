@@ -10,7 +10,7 @@ import numpy as np
 
 from pairclip import _checks
 from pairclip._randomness import SamplerStream, sampler_generator
-from pairclip.samplers.decks import Indices, deal, group, shuffled_after
+from pairclip.samplers.decks import Decks, deal, group
 from pairclip.samplers.epoch import EpochSampler, num_batches_of
 
 
@@ -93,20 +93,10 @@ class ClassBalancedSampler(EpochSampler):
         per_batch = np.full(self._num_batches, self.classes_per_batch, np.int64)
         dealt_before = epoch * int(per_batch.sum())
         drawn = deal(self._classes, per_batch, rng, seed=self._seed, dealt_before=dealt_before)
-        decks: dict[int, Indices] = {}
+        decks = Decks(self._groups, rng)
         for number, classes in enumerate(drawn.reshape(len(per_batch), -1).tolist()):
             batch: list[int] = []
             for of_class in classes:
-                batch += self._draw(of_class, decks, rng).tolist()
+                batch += decks.draw(of_class, self.samples_per_class).tolist()
             if number >= first:
                 yield batch
-
-    def _draw(self, of_class: int, decks: dict[int, Indices], rng: np.random.Generator) -> Indices:
-        """K items from the class's deck: what is left of it first, then from a new one."""
-        count = self.samples_per_class
-        deck = decks.get(of_class, self._groups.order[:0])
-        if len(deck) < count:
-            items = self._groups.items_of(of_class)
-            deck = np.concatenate([deck, shuffled_after(items, deck, count - len(deck), rng)])
-        decks[of_class] = deck[count:]
-        return deck[:count]

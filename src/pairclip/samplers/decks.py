@@ -115,3 +115,29 @@ def shuffled_after(
     rest = np.ones(len(shuffled), bool)
     rest[fresh] = False
     return np.concatenate([shuffled[fresh], shuffled[rest]])
+
+
+def dealt_of_each(size: int, dealt: int, *, seed: int) -> Indices:
+    """How often each of `size` items is among the first `dealt` ones that `deal` gave."""
+    order = sampler_generator(SamplerStream.DECK, seed, 0).permutation(size)
+    counts = np.full(size, dealt // size)
+    counts[order[: dealt % size]] += 1
+    return counts
+
+
+class Decks:
+    """A shuffled deck of items for each class, which is renewed when it runs out."""
+
+    def __init__(self, groups: Groups, rng: np.random.Generator) -> None:
+        self._groups = groups
+        self._rng = rng
+        self._decks: dict[int, Indices] = {}
+
+    def draw(self, of_class: int, count: int) -> Indices:
+        """`count` distinct items: what is left of the deck first, then from a new one."""
+        deck = self._decks.get(of_class, self._groups.order[:0])
+        if len(deck) < count:
+            items = self._groups.items_of(of_class)
+            deck = np.concatenate([deck, shuffled_after(items, deck, count - len(deck), self._rng)])
+        self._decks[of_class] = deck[count:]
+        return deck[:count]
