@@ -10,11 +10,13 @@ from pairclip.datasets.labelled_images import (
 )
 from pairclip.datasets.labels import join_classes
 from pairclip.datasets.rgb import as_rgb
+from pairclip.datasets.streams import StreamBatches
 from pairclip.datasets.tables import TableDataset
 
 __all__ = [
     "LabelledImages",
     "Problem",
+    "StreamBatches",
     "TableDataset",
     "as_rgb",
     "check_images",

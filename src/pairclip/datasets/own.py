@@ -134,8 +134,9 @@ def _check_kind(dataset: Any) -> None:
         hasattr(dataset, "__iter__") and not hasattr(dataset, "__len__")
     ):
         raise TypeError(
-            f"`dataset` must have len() and [i] -> (image, label), got the stream "
-            f"{type(dataset).__name__}. Train on it through `StreamedImages`, or make a list of it."
+            "`dataset` must have len() and [i] -> (image, label), got the stream "
+            f"{type(dataset).__name__}. Train on it through `pairclip.datasets.StreamBatches`, or "
+            "make a list of it."
         )
     if hasattr(dataset, "columns") or hasattr(dataset, "column_names"):
         raise TypeError(

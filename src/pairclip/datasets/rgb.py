@@ -54,6 +54,9 @@ def as_rgb(image: Any, *, shorter_side: int | None = None, say: Say = say_at_onc
                 picture.draft(None, (shorter_side, shorter_side))
             return _as_seen(picture, say, copy=False)
     if isinstance(image, Image.Image):
+        if type(image) is Image.Image and image.mode == "RGB" and not image.info:
+            check_size(*image.size)  # in memory, and with nothing else to tell
+            return image.copy()
         return _as_seen(image, say, copy=True)
     array = _channels_last(image)
     if not array.size:
