@@ -15,22 +15,28 @@ import pandas
 import pytest
 import torch
 from PIL import ExifTags, Image, ImageOps
+from torch import nn
 from torch.utils.data import ConcatDataset, IterableDataset, Subset, random_split
 from torchvision import transforms
 from torchvision.datasets import ImageFolder, OxfordIIITPet
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from transformers import CLIPImageProcessor
 
 from pairclip import (
+    ImageIndex,
     LabelledImages,
     VisionTower,
     check_images,
     class_names_of,
     embed_images,
+    evaluate,
     labels_of,
+    load_tower,
 )
 from pairclip.datasets import as_rgb, image_files, join_classes
 from pairclip.embedding import Pixels
 from pairclip.finetuner.batches import ItemKey, TrainingItems
+from pairclip.finetuner.images import FitImages
 
 # The letter F: another picture whichever way it is turned. Blocks of 8 x 8 survive JPEG.
 _F = np.kron(
@@ -380,6 +386,37 @@ def test_classes_are_joined_by_name() -> None:
     assert (one.tolist(), other.tolist(), names) == ([4, 7], [4, 7], None)
     with pytest.raises(ValueError, match=r"Datasets \[0\] have class ids without names"):
         join_classes(without, gallery)
+
+
+# 7. Preprocessing that can't fit
+
+
+@pytest.mark.parametrize(
+    "settings", [{"do_rescale": False}, {"rescale_factor": 1.0}, {"rescale_factor": 1 / 255**2}]
+)
+def test_a_processor_that_can_not_fit_eight_bits_is_refused(
+    tower: VisionTower, settings: dict[str, Any]
+) -> None:
+    processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16, **settings)
+    with pytest.raises(ValueError, match=r"makes pixel values from .* rescale by 1/255, once"):
+        load_tower(tower.model, image_processor=processor)
+
+
+def own_noise(pixels: torch.Tensor) -> torch.Tensor:
+    return pixels + float(np.random.default_rng().random())
+
+
+@pytest.mark.parametrize("change", [transforms.RandomHorizontalFlip(1e-9), own_noise])
+def test_random_preprocessing_makes_no_embeddings(change: Any) -> None:
+    steps = [transforms.Resize((16, 16)), transforms.ToTensor()]
+    steady = load_tower(nn.Flatten(), image_processor=transforms.Compose(steps))
+    assert embed_images(steady, [F]).shape == (1, 768)
+    drawing = load_tower(nn.Flatten(), image_processor=transforms.Compose([*steps, change]))
+    state = torch.get_rng_state()
+    for use in (embed_images, evaluate, ImageIndex.build):
+        with pytest.raises(ValueError, match="preprocessing draws at random"):
+            use(drawing, ([F, F], [0, 0]))
+    assert torch.get_rng_state().equal(state)
 
 
 # 8. Sixteen bits
@@ -749,9 +786,9 @@ def test_large_images_of_a_batch_are_held_one_at_a_time(tower: VisionTower, kind
         values = Pixels(data, tower.preprocess).__getitems__([0, 1, 2])
         assert len(values) == 3
     else:
-        items = TrainingItems(data, tower.preprocess, seed=0)
-        pairs = items.__getitems__([ItemKey(0, i, i) for i in (2, 0, 1)])
-        assert [label for _, label in pairs] == [2, 0, 1]
+        items = TrainingItems(FitImages(data, None), tower.preprocess, seed=0)
+        loaded = items.__getitems__([ItemKey(0, i, i) for i in (2, 0, 1)])
+        assert [label for _, label, _ in loaded] == [2, 0, 1]
     assert events == ["read", "preprocess 1"] * 3
 
 

@@ -36,7 +36,8 @@ def embed_images(
         float32 ``[N, D]`` on the CPU, not normalised.
 
     Raises:
-        ValueError: If there are no images, one can't be read, or an embedding is not finite.
+        ValueError: If there are no images, one can't be read, an embedding is not finite, or the
+            tower's preprocessing draws at random.
 
     Example:
         >>> import numpy as np
@@ -63,6 +64,8 @@ def embed(
     worker_init_fn: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Embed as `embed_images` does; workers call `worker_init_fn` with their number first."""
+    if isinstance(tower.preprocess, Preprocess):
+        tower.preprocess.check_steady()
     loader = pixel_batches(
         Pixels(images, tower.preprocess),
         batch_size=batch_size,

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from pairclip import _checks
+from pairclip._progress import progress
 from pairclip._randomness import random_state_kept
 from pairclip.datasets.notices import Notices
 from pairclip.datasets.source import Source
@@ -44,7 +44,7 @@ def problems_of(source: Source, *, num_workers: int = 0) -> list[Problem]:
         generator=torch.Generator(),  # else the loader draws from the caller's
     )
     problems: list[Problem] = []
-    bar = tqdm(total=len(source.labels), desc="Checking images", unit="image", disable=None)
+    bar = progress(total=len(source.labels), desc="Checking images", unit="image")
     with random_state_kept(), bar:
         for attempts in loader:
             problems += [problem for problem in attempts if problem is not None]

@@ -7,12 +7,17 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 from transformers import ImageProcessingMixin
 
+from pairclip._randomness import random_state, random_state_kept
 from pairclip.datasets.rgb import as_rgb
 
+# What no tower was trained on: bytes that were never, or twice, divided by 255.
+_MOST, _LEAST_RANGE = 100.0, 0.1
 _PIXELS_AT_ONCE = 16 * 224 * 224
 
 
@@ -29,6 +34,8 @@ class Preprocess:
     def __init__(self, transform: Callable[..., Any]) -> None:
         self.transform = transform
         self.fixed = isinstance(transform, ImageProcessingMixin)
+        if self.fixed:
+            self._check_values()
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Do what the image processor does with the image that a person sees, value by value."""
@@ -61,6 +68,37 @@ class Preprocess:
             values += self.transform(images=piece, return_tensors="pt")["pixel_values"]
         return values
 
+    def check_steady(self) -> None:
+        """Raise a ValueError if it draws at random, so that an image has many embeddings."""
+        if self.fixed:
+            return
+        image = noise_image()
+        with random_state_kept():
+            before = random_state()
+            first, *others = (self(image) for _ in range(3))
+            drawn = random_state() != before
+        if drawn or not all(torch.equal(first, other) for other in others):
+            raise ValueError(
+                "The tower's preprocessing draws at random, so an image would have another "
+                "embedding each time. Load the tower with the transform of an evaluation "
+                "(`image_processor=`), and give random transforms to the dataset to train on."
+            )
+
+    def _check_values(self) -> None:
+        values = self(noise_image()).flatten(1)
+        lowest, highest = float(values.min()), float(values.max())
+        widest = float((values.amax(1) - values.amin(1)).max())
+        if max(abs(lowest), abs(highest)) > _MOST or widest < _LEAST_RANGE:
+            settings = {
+                name: getattr(self.transform, name, None)
+                for name in ("do_rescale", "rescale_factor", "do_normalize", "image_std")
+            }
+            raise ValueError(
+                f"The image processor makes pixel values from {lowest:g} to {highest:g} of images "
+                f"of eight bits, with {settings}. Towers take values of about -3 to 3: rescale by "
+                "1/255, once, and normalise after that."
+            )
+
     @staticmethod
     def _rgb(image: Image.Image) -> Image.Image:
         if not isinstance(image, Image.Image):
@@ -71,6 +109,12 @@ class Preprocess:
             )
         # Images of `LabelledImages` are upright and on white, and have nothing else to tell.
         return image if image.mode == "RGB" and not image.info else as_rgb(image)
+
+
+def noise_image() -> Image.Image:
+    """An image with all values of eight bits, the same each time."""
+    values = np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8)
+    return Image.fromarray(values)
 
 
 def grey_image(width: int, height: int) -> Image.Image:
