@@ -4,7 +4,9 @@ import html
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import latex2mathml.converter
 from docutils import nodes
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
@@ -24,15 +26,19 @@ extensions = [
     "sphinx.ext.doctest",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
+    "sphinx_copybutton",
 ]
 exclude_patterns = ["_build", "figures/*.py"]
 html_theme = "furo"
 html_title = "pairclip"
 nitpicky = False
+# Formulas are MathML, made here: a script from elsewhere would show none where there is no network.
+html_math_renderer = "mathml"
+copybutton_exclude = ".linenos, .gp, .go"
 # `load_tower` in a docstring becomes a link where it names something, and code elsewhere.
 default_role = "py:obj"
 
-myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
@@ -80,6 +86,18 @@ def check_headings(app: Sphinx, error: Exception | None) -> None:
         raise ExtensionError(f"Something else was written over {lost}: rename these pages.")
 
 
+def visit_math(self: Any, node: nodes.math) -> None:
+    self.body.append(latex2mathml.converter.convert(node.astext()))
+    raise nodes.SkipNode
+
+
+def visit_math_block(self: Any, node: nodes.math_block) -> None:
+    formula = latex2mathml.converter.convert(node.astext(), display="block")
+    self.body.append(f'<div class="math" style="overflow-x: auto">{formula}</div>')
+    raise nodes.SkipNode
+
+
 def setup(app: Sphinx) -> None:
+    app.add_html_math_renderer("mathml", (visit_math, None), (visit_math_block, None))
     app.connect("missing-reference", resolve_public_name)
     app.connect("build-finished", check_headings)
