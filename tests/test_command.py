@@ -11,8 +11,11 @@ import pytest
 from PIL import Image
 from transformers import CLIPVisionModelWithProjection
 
+import pairclip
 from pairclip.command import main
 from pairclip.command.running import obey, parser
+from pairclip.evaluation import Change
+from pairclip.recipes import RecipeComparison, RecipeResult
 from pairclip.towers import random_tower
 
 
@@ -42,6 +45,52 @@ def folder(tmp_path: Path) -> Path:
 
 def run(*arguments: object) -> int:
     return main([str(argument) for argument in arguments])
+
+
+def test_tune_preserves_and_blends_by_default(
+    folder: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses, blends = [], []
+    fit, interpolate = pairclip.Finetuner.fit, pairclip.interpolate
+
+    def fit_and_tell(self: pairclip.Finetuner, *data: object, **options: object) -> object:
+        losses.append((str(self.loss), len(options.get("keep", ()))))
+        return fit(self, *data, **options)
+
+    def blend(base: object, tuned: object, alpha: float) -> object:
+        blends.append(alpha)
+        return interpolate(base, tuned, alpha)
+
+    monkeypatch.setattr(pairclip.Finetuner, "fit", fit_and_tell)
+    monkeypatch.setattr(pairclip, "interpolate", blend)
+    tune = ("tune", folder, "--model", model, "--batch-size", 8, "--max-steps", 1)
+    assert run(*tune, "--output", tmp_path / "default", "--keep", folder / "cat") == 0
+    assert run(*tune, "--output", tmp_path / "plain", "--recipe", "plain") == 0
+    (preserving, kept), (plain, none) = losses
+    assert "weight=0.15, what='embeddings'" in preserving
+    assert "weight=0.35, what='similarities'" in preserving
+    assert "weight" not in plain
+    assert (kept, none, blends) == (10, 0, [0.8])
+
+
+@pytest.mark.parametrize("worth_it", [True, False])
+def test_tune_compares_recipes_first_and_may_leave_the_tower(
+    worth_it: bool, folder: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = pairclip.Recipe("brief", steps=1, batch_size=8, learning_rate=1e-4, blend=0.5)
+    change = Change(0.5, 0.75, (0.2, 0.3)) if worth_it else Change(0.5, 0.5, (-0.1, 0.1))
+    changes = dict.fromkeys(("recall_at_1", "mean_average_precision"), change)
+    result = RecipeResult(recipe, 1, True, changes, {"classes left out": changes})
+    monkeypatch.setattr(
+        pairclip, "compare_recipes", lambda *_, **__: RecipeComparison([result], limit=0.01)
+    )
+    output = tmp_path / "out"
+    assert run("tune", folder, "--model", model, "--output", output, "--compare") == 0
+    assert (output / "recipes.json").is_file()
+    assert (output / "tower").is_dir() == worth_it
+    if worth_it:
+        steps = pairclip.History.from_json(output / "history.json").steps
+        assert len(steps) == 1
 
 
 def test_tune_writes_a_tower_numbers_a_page_and_pictures(
@@ -92,8 +141,6 @@ def test_ctrl_c_is_one_line_and_resume_continues(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import pairclip
-
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
@@ -218,6 +265,14 @@ def test_check_finds_planted_faults(
         (["tune", "{folder}", "--output", "{folder}/a.zip"], "--output '{folder}/a.zip' is a file"),
         (["tune", "{folder}", "--overwrite", "--resume"], "--overwrite starts anew"),
         (["tune", "{folder}", "--margin", "0.2"], "--margin 0.2 would be ignored"),
+        (["tune", "{folder}", "--keep", "x", "--recipe", "plain"], "--keep x would be ignored"),
+        (["tune", "{folder}", "--keep", "nowhere"], "--keep 'nowhere' does not exist"),
+        (["tune", "{folder}", "--blend", "0"], "--blend 0 would leave the tower as it is"),
+        (["tune", "{folder}", "--pairs", "sampled", "--compare"], "leave out --pairs sampled"),
+        (
+            ["tune", "{folder}", "--pairs", "sampled", "--preserve-embeddings", "1"],
+            "--preserve-embeddings 1 needs all pairs of a batch",
+        ),
         (["tune", "{folder}", "--hold-out-classes", "wasp"], "--hold-out-classes has ['wasp']"),
         (["tune", "{folder}", "--hold-out-classes", "ant,bee,cat"], "leaves no class to train on"),
         (["search", "{folder}", "{folder}/ant/0.png"], "INDEX '{folder}' is no index"),
