@@ -62,7 +62,7 @@ def test_offline_learns_to_tell_held_out_drawings_apart(offline: tuple[Path, str
     # The start knows something already, as a pre-trained tower does.
     assert 0.5 < metrics["before"]["recall_at_1"] < 0.8
     assert metrics["after"]["recall_at_1"] >= 0.85
-    assert metrics["after"]["mean_average_precision"] >= 0.75
+    assert metrics["after"]["mean_average_precision"] >= 0.7
     made = json.loads((output / "run.json").read_text())
     assert made["arguments"]["offline"] is True
     assert "stand-in" in made["note"]
