@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.testing import assert_close
 from transformers import (
+    CLIPConfig,
     CLIPImageProcessor,
+    CLIPModel,
     Dinov2Config,
     Dinov2Model,
     MetaClip2VisionConfig,
@@ -20,9 +22,9 @@ from transformers import (
     ViTModel,
 )
 
-from pairclip import load_tower
+from pairclip import AllPairsCosineLoss, Finetuner, load_tower
 from pairclip.checkpoints import trained_tensors
-from pairclip.towers import layer_decay, random_tower
+from pairclip.towers import layer_decay, model_card, random_tower, whole_model
 from pairclip.towers.preprocess import at_size
 
 VIT = {
@@ -251,3 +253,65 @@ def test_revisions_are_of_ids_alone(tmp_path: Path) -> None:
         load_tower(tmp_path, revision="v1")
     with pytest.raises(ValueError, match="`revision` 'v1' would be ignored: `source` is an object"):
         load_tower(random_tower().model, revision="v1")
+
+
+def test_an_adapter_that_never_runs_is_an_error() -> None:
+    """Attention of torch uses its last weight without calling the module."""
+    peft = pytest.importorskip("peft")
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside, self.outside = nn.Linear(192, 16), nn.Linear(16, 4)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(self.inside(images.flatten(1)), self.outside.weight)
+
+    def to_pixels(image: Image.Image) -> torch.Tensor:
+        return torch.tensor(np.array(image.resize((8, 8)))).permute(2, 0, 1) / 255
+
+    def fit(*targets: str) -> None:
+        tower = load_tower(Attention(), image_processor=to_pixels)
+        wrapped = peft.get_peft_model(tower, peft.LoraConfig(r=2, target_modules=list(targets)))
+        Finetuner(wrapped, AllPairsCosineLoss()).fit(
+            (np.stack([NOISE] * 4), [0, 0, 1, 1]), batch_size=4, max_steps=1
+        )
+
+    fit("inside")
+    with pytest.raises(ValueError, match=r"1 adapters .* no gradient .*outside`: .*never runs"):
+        fit("inside", "outside")
+
+
+def test_a_tuned_tower_goes_back_beside_its_texts(tmp_path: Path) -> None:
+    texts = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tower = random_tower()
+    config = CLIPConfig(
+        text_config=texts, vision_config=tower.model.config.to_dict(), projection_dim=12
+    )
+    CLIPModel(config).save_pretrained(tmp_path)
+    model = whole_model(tower, tmp_path)
+    with torch.no_grad():
+        features = model.get_image_features(pixel_values=pixels(16))
+        features = features if isinstance(features, torch.Tensor) else features.pooler_output
+        assert_close(features, tower(pixels(16)))
+    with pytest.raises(ValueError, match=r"has no image tower like this one: `.*` is \[16.*"):
+        whole_model(random_tower(width=16), tmp_path)
+
+
+def test_a_model_card_says_what_a_tower_is_and_how_to_load_it(tmp_path: Path) -> None:
+    card = model_card(
+        random_tower(),
+        base_model="openai/clip-vit-base-patch32",
+        dataset="my photos",
+        recipe="squared, 400 steps",
+        before={"recall_at_1": 0.5},
+        after={"recall_at_1": 0.75, "gap": 0.4},
+        license="mit",
+    )
+    assert card.data.base_model == "openai/clip-vit-base-patch32"
+    for words in ("| recall_at_1 | 0.500 | 0.750 |", "| gap | | 0.400 |", "my photos", "400 steps"):
+        assert words in card.text
+    for library in ("pairclip", "transformers", "sentence_transformers"):
+        assert f"import {library}" in card.text or f"from {library}" in card.text
+    card.save(tmp_path / "README.md")
+    assert "license: mit" in (tmp_path / "README.md").read_text()

@@ -17,6 +17,7 @@ from pairclip.finetuner.exact_gradient import BatchResult, Loss, backward
 from pairclip.finetuner.optimizer import new_optimizer, rate_factor, trainable_parameters
 from pairclip.finetuner.settings import Settings
 from pairclip.samplers import PairSampler
+from pairclip.towers.adapters import check_trained
 
 
 class StepResult(NamedTuple):
@@ -115,6 +116,8 @@ class Trainer:
             micro_batch_size=settings.micro_batch_size,
             seed=(settings.seed, step),
         )
+        if step == 1:
+            check_trained(self.tower)
         if scaler is not None:
             scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]

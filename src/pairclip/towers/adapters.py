@@ -51,6 +51,27 @@ def has_adapters(model: nn.Module) -> bool:
     return any(_is_adapter(part) for part in model.modules())
 
 
+def check_trained(model: nn.Module) -> None:
+    """Refuse adapters that a backward pass did not reach: they would train nothing, in silence.
+
+    Raises:
+        ValueError: If one has no gradient after it.
+    """
+    idle = {
+        path
+        for path, part in model.named_modules()
+        if _is_adapter(part)
+        and any(p.requires_grad for p in part.parameters())
+        and all(p.grad is None for p in part.parameters())
+    }
+    if idle:
+        raise ValueError(
+            f"{len(idle)} adapters of PEFT had no gradient after the first backward, first that of "
+            f"`{min(idle)}`: the model uses its weight without calling it, so the adapter never "
+            "runs. Leave it out of `target_modules`, or target the whole attention module."
+        )
+
+
 def merged(model: nn.Module) -> nn.Module:
     """The model with its active adapters merged into its weights and taken out.
 
