@@ -104,17 +104,21 @@ def test_folds_say_what_is_too_much(options: dict[str, Any], message: str) -> No
 
 
 def test_rounds_halve_the_recipes_and_double_their_length() -> None:
-    found = rungs([600] * 5, folds=2, budget=None)
-    assert [(rung.contenders, rung.steps(600)) for rung in found] == [(5, 150), (3, 300), (2, 600)]
+    outcome = rungs([600] * 5, folds=2, budget=None)
+    assert [(rung.contenders, rung.steps(600)) for rung in outcome] == [
+        (5, 150),
+        (3, 300),
+        (2, 600),
+    ]
     assert [(r.contenders, r.steps(600)) for r in rungs([600], folds=1, budget=None)] == [(1, 600)]
     assert [(r.contenders, r.steps(9)) for r in rungs([9, 9], folds=1, budget=None)] == [(2, 9)]
 
 
 def test_rounds_fit_their_budget_whoever_goes_on() -> None:
     lengths = [600, 100, 100, 300]
-    found = rungs(lengths, folds=3, budget=900)
+    outcome = rungs(lengths, folds=3, budget=900)
     longest = sorted(lengths, reverse=True)
-    spent = sum(3 * sum(map(rung.steps, longest[: rung.contenders])) for rung in found)
+    spent = sum(3 * sum(map(rung.steps, longest[: rung.contenders])) for rung in outcome)
     assert 800 < spent <= 900
     assert rungs(lengths, folds=3, budget=10**6) == rungs(lengths, folds=3, budget=None)
     with pytest.raises(ValueError, match="`budget` must be at least 18 steps"):
@@ -147,32 +151,32 @@ def test_the_verdict_is_the_best_that_is_sure_and_within_the_limit() -> None:
         result("small", 0.1, 0.05, -0.02),
         result("early", 0.9, 0.8, 0.0, finalist=False),
     ]
-    found = RecipeComparison(some, limit=0.02)
-    assert found.best is not None
-    assert found.best.name == "sound"
-    assert found.verdict.startswith("Take 'sound': it gains 0.200 mAP (+0.100 to +0.300)")
-    assert "elsewhere mAP falls by 0.010" in found.verdict
+    outcome = RecipeComparison(some, limit=0.02)
+    assert outcome.best is not None
+    assert outcome.best.name == "sound"
+    assert outcome.verdict.startswith("Take 'sound': it gains 0.200 mAP (+0.100 to +0.300)")
+    assert "elsewhere mAP falls by 0.010" in outcome.verdict
     wide = RecipeComparison(some, limit=0.05)
     assert wide.best is not None
     assert wide.best.name == "bold"
 
 
 def test_the_verdict_may_be_no() -> None:
-    found = RecipeComparison(
+    outcome = RecipeComparison(
         [result("bold", 0.3, 0.2, 0.05), result("unsure", 0.25, -0.01, 0.0)], limit=0.01
     )
-    assert found.best is None
-    assert found.verdict == (
+    assert outcome.best is None
+    assert outcome.verdict == (
         "Leave the tower as it is. 'bold' gains 0.300 mAP (+0.200 to +0.400), but elsewhere mAP "
         "falls by 0.050, more than the limit of 0.01. 'unsure' gains 0.250 mAP (-0.010 to +0.510), "
         "which may be nothing."
     )
-    table = found.to_markdown().splitlines()
+    table = outcome.to_markdown().splitlines()
     assert table[0].startswith("| recipe | steps | trained, R@1 | trained, mAP | classes left out")
     assert table[2] == "| untouched | 0 | 0.400 | 0.400 | 0.400 | 0.400 |"
     assert "**+0.300** (+0.200 to +0.400)" in table[3]
     assert "| -0.050 (-0.150 to +0.050) |" in table[3]
-    assert table[-1] == found.verdict
+    assert table[-1] == outcome.verdict
 
 
 def test_a_comparison_trains_evaluates_and_goes_on_where_it_was_broken_off(
@@ -186,15 +190,17 @@ def test_a_comparison_trains_evaluates_and_goes_on_where_it_was_broken_off(
         Recipe("gentle", steps=30, **SMALL, preserve_embeddings=1.0, preserve_similarities=1.0),
     ]
     options: dict[str, Any] = {"folds": 1, "held_out_classes": 2, "budget": 75, "limit": 1.0}
-    found = compare_recipes(tower, images(), recipes, folder=tmp_path, others=images(1), **options)
-    assert tower.fingerprint() == before
-    assert [(r.steps, r.finalist) for r in found.results] == [(21, True), (21, True), (10, False)]
-    assert set(found.results[0].elsewhere) == {"classes left out", "others"}
-    assert found.results[0].trained["recall_at_1"].before == pytest.approx(
-        found.results[1].trained["recall_at_1"].before
+    outcome = compare_recipes(
+        tower, images(), recipes, folder=tmp_path, others=images(1), **options
     )
-    saved = json.loads(json.dumps(found.to_dict()))
-    assert saved["verdict"] == found.verdict
+    assert tower.fingerprint() == before
+    assert [(r.steps, r.finalist) for r in outcome.results] == [(21, True), (21, True), (10, False)]
+    assert set(outcome.results[0].elsewhere) == {"classes left out", "others"}
+    assert outcome.results[0].trained["recall_at_1"].before == pytest.approx(
+        outcome.results[1].trained["recall_at_1"].before
+    )
+    saved = json.loads(json.dumps(outcome.to_dict()))
+    assert saved["verdict"] == outcome.verdict
     assert saved["results"][0]["recipe"]["steps"] == 30
 
     def never(*_: Any, **__: Any) -> None:
@@ -202,7 +208,7 @@ def test_a_comparison_trains_evaluates_and_goes_on_where_it_was_broken_off(
 
     monkeypatch.setattr("pairclip.recipes.trials.train", never)
     again = compare_recipes(tower, images(), recipes, folder=tmp_path, others=images(1), **options)
-    assert again == found
+    assert again == outcome
     with pytest.raises(AssertionError, match="trained again"):  # of other images
         compare_recipes(tower, images(2), recipes, folder=tmp_path, others=images(1), **options)
 

@@ -186,8 +186,8 @@ def _round(
     for together in _one_training_each(recipes, steps):
         for fold in range(len(trials.folds)):
             bar.set_postfix_str(f"{recipes[together[0]].name}, fold {fold + 1}")
-            found = trials.run([recipes[i] for i in together], fold, steps[together[0]])
-            for place, of_recipe in zip(together, found, strict=True):
+            of_recipes = trials.run([recipes[i] for i in together], fold, steps[together[0]])
+            for place, of_recipe in zip(together, of_recipes, strict=True):
                 scores[place].append(of_recipe)
             bar.update(len(together))
     return [
@@ -212,8 +212,8 @@ def _result(
     for place in scores[0]:
         images = [trials.places(fold)[place] for fold in range(len(scores))]
         before, after = (
-            np.stack([_by_image(images, [of[place][m] for of in found]) for m in METRICS])
-            for found in (trials.untouched, scores)
+            np.stack([_by_image(images, [of[place][m] for of in folds]) for m in METRICS])
+            for folds in (trials.untouched, scores)
         )
         intervals = paired_intervals(before, after)
         changes[place] = {

@@ -44,10 +44,10 @@ def rungs(steps: Sequence[int], *, folds: int, budget: int | None) -> list[Rung]
         ValueError: If the budget is less than one step for each training.
     """
     count = max(1, math.ceil(math.log2(len(steps))))
-    halved = [Rung(math.ceil(len(steps) / 2**i), 2.0 ** (i + 1 - count)) for i in range(count)]
+    rounds = [Rung(math.ceil(len(steps) / 2**i), 2.0 ** (i + 1 - count)) for i in range(count)]
     if budget is None:
-        return halved
-    least = folds * sum(rung.contenders for rung in halved)
+        return rounds
+    least = folds * sum(rung.contenders for rung in rounds)
     if budget < least:
         raise ValueError(
             f"`budget` must be at least {least} steps, one for each of the trainings of "
@@ -55,9 +55,9 @@ def rungs(steps: Sequence[int], *, folds: int, budget: int | None) -> list[Rung]
         )
     # Who goes on isn't known yet: the longest might.
     longest = sorted(steps, reverse=True)
-    whole = folds * sum(r.share * sum(longest[: r.contenders]) for r in halved)
+    whole = folds * sum(r.share * sum(longest[: r.contenders]) for r in rounds)
     scale = min(1.0, budget / whole)
-    return [Rung(rung.contenders, rung.share * scale) for rung in halved]
+    return [Rung(rung.contenders, rung.share * scale) for rung in rounds]
 
 
 def order(gains: Sequence[float], excesses: Sequence[float]) -> list[int]:

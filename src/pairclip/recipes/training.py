@@ -104,9 +104,9 @@ def train(
     if recipe.preserve_embeddings:
         loss = PreservingLoss(loss, weight=recipe.preserve_embeddings)
     module = _prepared(recipe, copy.deepcopy(tower), seed)
-    kept: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if recipe.keep_share:
-        kept = {"keep": keep, "keep_share": recipe.keep_share}
+        options = {"keep": keep, "keep_share": recipe.keep_share}
     finetuner = Finetuner(
         module,
         loss,
@@ -119,7 +119,7 @@ def train(
         batch_size=recipe.batch_size,
         max_steps=steps,
         num_workers=num_workers,
-        **kept,
+        **options,
     )
     return module
 

@@ -81,10 +81,10 @@ class Trials:
 
     def run(self, recipes: Sequence[Recipe], fold: int, steps: int) -> list[Scores]:
         """Scores of recipes that differ in name and blend alone, and so share one training."""
-        noted = [self._read(recipe, fold, steps) for recipe in recipes]
-        done = [scores for scores in noted if scores is not None]
-        if len(done) == len(recipes):
-            return done
+        earlier = [self._read(recipe, fold, steps) for recipe in recipes]
+        scores = [each for each in earlier if each is not None]
+        if len(scores) == len(recipes):
+            return scores
         material = self._material(recipes[0])
         tuned = train(
             recipes[0],
@@ -95,12 +95,12 @@ class Trials:
             seed=self.seed + fold,
             num_workers=self.num_workers,
         )
-        done = []
+        scores = []
         for recipe in recipes:
             blend = interpolate(material.tower, tuned, recipe.blend)
-            done.append(self._scores(material, blend, fold))
-            self._write(done[-1], recipe, fold, steps)
-        return done
+            scores.append(self._scores(material, blend, fold))
+            self._write(scores[-1], recipe, fold, steps)
+        return scores
 
     def places(self, fold: int) -> dict[str, IntArray]:
         """Where a fold is evaluated, and which images are searched there."""
@@ -112,22 +112,24 @@ class Trials:
     def _material(self, recipe: Recipe) -> Material:
         """What a recipe trains: where the trunk is computed once, the head on its features."""
         blocks, whole = recipe.train_blocks, self.whole
-        if not self.cache_trunk or blocks is None or recipe.lora_rank is not None:
+        if not self.cache_trunk or self.folder is None or recipe.lora_rank is not None:
+            return whole
+        if blocks is None:
             return whole
         if blocks not in self._heads:
             trunk, head = whole.tower.split(blocks)
-            assert self.folder is not None
             folder = self.folder / "features"
-            data, others, keep = (
-                None
-                if images is None
-                else LabelledImages(
-                    cache_features(trunk, images, folder, num_workers=self.num_workers)
-                )
-                for images in (whole.data, whole.others, whole.keep)
+
+            def features(images: LabelledImages) -> LabelledImages:
+                workers = self.num_workers
+                return LabelledImages(cache_features(trunk, images, folder, num_workers=workers))
+
+            self._heads[blocks] = Material(
+                head,
+                features(whole.data),
+                None if whole.others is None else features(whole.others),
+                None if whole.keep is None else features(whole.keep),
             )
-            assert data is not None
-            self._heads[blocks] = Material(head, data, others, keep)
         return self._heads[blocks]
 
     def _scores(self, material: Material, tower: VisionTower, fold: int) -> Scores:
@@ -136,10 +138,10 @@ class Trials:
             dataset = material.others if place == OTHERS else material.data
             images = LabelledImages(Subset(dataset, which.tolist()))  # type: ignore[arg-type]
             embeddings = embed_images(tower, images, num_workers=self.num_workers)
-            found = evaluate_embeddings(embeddings, images.labels)
+            evaluation = evaluate_embeddings(embeddings, images.labels)
             scores[place] = {metric: np.full(len(images), np.nan) for metric in METRICS}
             for metric, of_image in scores[place].items():
-                of_image[found.queries] = found.per_query[metric]
+                of_image[evaluation.queries] = evaluation.per_query[metric]
         return scores
 
     def _identity(self) -> str:
@@ -161,14 +163,16 @@ class Trials:
                 digest.update(bytes_of(pixels[index]))
         return digest.hexdigest()
 
-    def _path(self, recipe: Recipe, fold: int, steps: int) -> Path:
+    def _path(self, folder: Path, recipe: Recipe, fold: int, steps: int) -> Path:
         settings = json.dumps({**recipe.to_dict(), "name": None, "steps": steps, "fold": fold})
         key = hashlib.sha256(f"{self._shared} {settings}".encode()).hexdigest()
-        assert self.folder is not None
-        return self.folder / f"trial-{key[:32]}.json"
+        return folder / f"trial-{key[:32]}.json"
 
     def _read(self, recipe: Recipe, fold: int, steps: int) -> Scores | None:
-        if self.folder is None or not (path := self._path(recipe, fold, steps)).exists():
+        if self.folder is None:
+            return None
+        path = self._path(self.folder, recipe, fold, steps)
+        if not path.exists():
             return None
         read = read_json(path)
         return {
@@ -181,4 +185,4 @@ class Trials:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         what = {"recipe": recipe.to_dict(), "fold": fold, "steps": steps}
-        write_json(self._path(recipe, fold, steps), {**what, "scores": plain(scores)})
+        write_json(self._path(self.folder, recipe, fold, steps), {**what, "scores": plain(scores)})
