@@ -53,7 +53,7 @@ def killed_at(number: int, work: Callable[[], object]) -> bool:
 
 
 def every_kill(
-    directory: Path, work: Callable[[Path], object], *, at_least: int = 8
+    directory: Path, work: Callable[[Path], object], *, at_least: int = 8, stride: int = 1
 ) -> Iterator[Path]:
     """Copies of the directory, each as a kill at another moment of the work leaves it."""
     number = 0
@@ -64,4 +64,4 @@ def every_kill(
             assert number >= at_least
             return
         yield copied
-        number += 1
+        number += stride

@@ -81,3 +81,43 @@ def test_the_global_generator_is_left_alone(tower, images) -> None:
 def test_no_progress_bar_where_the_output_is_no_terminal(tower, images, capfd) -> None:
     embed_images(tower, images)
     assert capfd.readouterr().err == ""
+
+
+def test_the_result_goes_where_it_is_wanted(tower, images, tmp_path) -> None:
+    expected = embed_images(tower, images)
+    assert not expected.is_inference()
+    out = torch.zeros(48, 12)
+    assert embed_images(tower, images, out=out, batch_size=7).data_ptr() == out.data_ptr()
+    torch.testing.assert_close(out, expected, atol=1e-6, rtol=0)
+    mapped = np.memmap(tmp_path / "file", np.float32, "w+", shape=(48, 12))
+    embed_images(tower, images, out=mapped)
+    assert np.array_equal(mapped, expected.numpy())
+
+
+@pytest.mark.parametrize(
+    ("out", "error", "message"),
+    [
+        ([0.0], TypeError, "`out` must be a tensor or an array that can be written to, got list"),
+        (torch.zeros(48, 12).double(), ValueError, "`out` must be float32 on the CPU"),
+        (torch.zeros(47, 12), ValueError, r"row for each of the 48 images, got shape \[47, 12\]"),
+        (torch.zeros(12, 48).T, ValueError, "`out` must be contiguous"),
+        (torch.zeros(48, 11), ValueError, r"`out` must have shape \[48, 12\].*got \[48, 11\]"),
+    ],
+)
+def test_places_that_do_not_fit(tower, images, out, error, message) -> None:
+    with pytest.raises(error, match=message):
+        embed_images(tower, images, out=out)
+
+
+def test_precision_is_that_of_the_tower_and_not_of_somebodys_autocast(tower, images) -> None:
+    expected = embed_images(tower, images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(embed_images(tower, images), expected)
+    half = embed_images(tower, images, precision="bf16")
+    assert half.dtype == torch.float32
+    assert not torch.equal(half, expected)
+    torch.testing.assert_close(half, expected, atol=0.1, rtol=0.1)
+    with pytest.raises(ValueError, match="`precision` 'fp16' needs a GPU, got the CPU"):
+        embed_images(tower, images, precision="fp16")
+    with pytest.raises(ValueError, match="`precision` must be one of 'auto', 'no', 'bf16', 'fp16'"):
+        embed_images(tower, images, precision="half")

@@ -101,7 +101,8 @@ def test_features_are_mapped_and_not_read(tower, tmp_path) -> None:
     trunk, _ = tower.split(0)
     features = cache_features(trunk, (np.zeros((1, 16, 16, 3), np.uint8), [0]), tmp_path)
     large = {"features": torch.zeros(1000, 100, 500), "labels": torch.zeros(1000).long()}
-    save_file(large, tmp_path / "large", metadata=features.metadata)
+    metadata = {**features.metadata, "format": "pairclip features 1"}
+    save_file(large, tmp_path / "large", metadata=metadata)
     del large
     size = (tmp_path / "large").stat().st_size
     before = memory()
@@ -418,6 +419,24 @@ def test_a_killed_writer_leaves_no_features(tower, images, tmp_path) -> None:
     features.path.unlink()
     cache_features(trunk, Opaque(images[0]), tmp_path, dtype=torch.float32)
     assert not leftover.exists()
+
+
+def test_no_damage_is_used(tower, images, tmp_path) -> None:
+    trunk, _ = tower.split(1)
+    data = (images[0][:3], images[1][:3])
+    path = cache_features(trunk, data, tmp_path).path
+    content, expected = path.read_bytes(), [row.clone() for row, _ in CachedFeatures(path)]
+    chance = random.Random(0)
+    for place in [*range(0, 8 * 700, 7), *(chance.randrange(8 * len(content)) for _ in range(99))]:
+        damaged = bytearray(content)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"is damaged|was not written by"):
+            list(CachedFeatures(path))
+    with pytest.warns(UserWarning, match="The features are computed again"):
+        again = cache_features(trunk, data, tmp_path)
+    assert path.read_bytes() == content
+    assert all(torch.equal(row, other) for (row, _), other in zip(again, expected, strict=True))
 
 
 def test_a_disk_that_is_too_small_is_told_at_once(tower, images, tmp_path, monkeypatch) -> None:

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -13,10 +14,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from processes import small
 from torch import Tensor, nn
+
+from pairclip import embed_images
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="cases are forked")
 
@@ -230,6 +234,26 @@ def test_what_processes_cannot_divide_is_refused_on_each(run: Run) -> None:
         )
         assert "batch norm `model.extra`" in messages["batch norm"]
         assert "2 processes would divide it" in messages["batch norm"]
+
+
+def test_processes_embed_together_and_all_get_the_whole(run: Run) -> None:
+    counts = (1, 7, 50)
+    results = run("embeddings", 2, counts=counts)
+    tower, generator = small.new_tower(), np.random.default_rng(0)
+    pictures = generator.integers(0, 256, (50, 16, 16, 3), dtype=np.uint8)
+    for result in results:
+        for count in counts:
+            expected = embed_images(tower, pictures[:count])
+            torch.testing.assert_close(result[str(count)], expected, atol=1e-6, rtol=0)
+        assert torch.equal(result["index"], results[0]["index"])
+        assert len(result["index"]) == 50
+        assert "`images` must be the same on all processes, got " in result["other"]
+    assert results[1]["match"] == 2
+    failed = r"ValueError: Image 5 \(missing.png\) can't be read"
+    assert re.match(failed, results[1]["missing"])
+    assert re.match(
+        r"RuntimeError: Process 1 failed to embed its images: Image 5", results[0]["missing"]
+    )
 
 
 def test_a_frozen_batch_norm_keeps_its_statistics(run: Run) -> None:

@@ -8,10 +8,12 @@ import shutil
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from kills import every_kill
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -34,7 +36,7 @@ from transformers import (
 )
 
 from pairclip import VisionTower, load_tower
-from pairclip.towers import random_tower
+from pairclip.towers import loading, random_tower
 from pairclip.towers.preprocess import Preprocess
 
 VISION = {
@@ -443,6 +445,47 @@ def test_a_failed_save_leaves_nothing_half_written(
         tower.save_pretrained(target)
     assert list(folder.parent.iterdir()) == [folder]
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_kill_while_a_tower_is_saved_leaves_the_old_or_the_new_one(
+    folder: Path, tmp_path: Path
+) -> None:
+    old, new = load_tower(folder), load_tower(folder)
+    with torch.no_grad():
+        for parameter in new.parameters():
+            parameter.mul_(0.5)
+    fingerprints = {old.fingerprint(): "old", new.fingerprint(): "new"}
+    (tmp_path / "all").mkdir()
+    shutil.copytree(folder, tmp_path / "all" / "tower")
+    found = [
+        fingerprints[load_tower(left / "tower").fingerprint()]
+        for left in every_kill(
+            tmp_path / "all", lambda where: new.save_pretrained(where / "tower"), stride=7
+        )
+    ]
+    assert set(found) == {"old", "new"}
+
+
+def test_a_tower_that_is_saved_while_it_is_loaded_is_one_whole(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tower = load_tower(folder)
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            parameter.mul_(0.5)
+    tower.image_processor.image_mean = [0.25, 0.25, 0.25]
+    read, times = loading._read_model, []
+
+    def saved_after(*arguments: Any) -> Any:
+        model = read(*arguments)
+        if not times:
+            tower.save_pretrained(folder)
+        times.append(model)
+        return model
+
+    monkeypatch.setattr(loading, "_read_model", saved_after)
+    assert load_tower(folder).fingerprint() == tower.fingerprint()
+    assert len(times) == 2
 
 
 def test_saving_onto_a_file_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:

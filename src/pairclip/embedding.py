@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset
 
 from pairclip import _checks
@@ -18,11 +19,25 @@ from pairclip.towers import VisionTower
 from pairclip.towers.modes import evaluating
 from pairclip.towers.preprocess import Preprocess
 
+Precision = Literal["auto", "no", "bf16", "fp16"]
+# Batches whose embeddings are on their way from the device while it computes the next.
+_UNDER_WAY = 2
+_ROWS = 65536  # sent at once from one process to the others
+
 
 def embed_images(
-    tower: VisionTower, images: Any, *, batch_size: int = 64, num_workers: int = 0
+    tower: VisionTower,
+    images: Any,
+    *,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    precision: Precision = "auto",
+    out: Any = None,
 ) -> Tensor:
     """Embed every image, without gradient and in evaluation mode.
+
+    Under several processes (a `torch.distributed` group, as ``accelerate launch`` and an
+    `Accelerator` make one) each embeds a part, and all get the whole: let all of them call it.
 
     Args:
         tower: Embeds; its modes are as before afterwards.
@@ -31,13 +46,20 @@ def embed_images(
             ``[N, H, W, 3]`` or tensor ``[N, 3, H, W]``.
         batch_size: Images per forward pass.
         num_workers: Processes that load and preprocess images; 0 does it in this one.
+        precision: ``"auto"`` (bfloat16 where the tower is on a GPU that has it), ``"no"``,
+            ``"bf16"`` or ``"fp16"`` (on a GPU): what the tower computes in.
+        out: Where the embeddings go, float32 ``[N, D]`` on the CPU: a tensor, an array, or a
+            `numpy.memmap` of a result that is larger than the memory.
 
     Returns:
-        float32 ``[N, D]`` on the CPU, not normalised.
+        float32 ``[N, D]`` on the CPU, not normalised; it shares the memory of `out`, if given.
 
     Raises:
-        ValueError: If there are no images, one can't be read, an embedding is not finite, or the
-            tower's preprocessing draws at random.
+        ValueError: If there are no images, one can't be read, an embedding is not finite, an
+            argument is of another value or shape, processes have different numbers of images, or
+            the tower's preprocessing draws at random.
+        TypeError: If an argument is of the wrong kind.
+        RuntimeError: If another process failed.
 
     Example:
         >>> import numpy as np
@@ -52,7 +74,14 @@ def embed_images(
         raise TypeError(f"`images` must be a dataset or a list of images, got the path {images!r}.")
     if are_images(images):
         images = (images, np.zeros(len(images), np.int64))
-    return embed(tower, LabelledImages(images), batch_size=batch_size, num_workers=num_workers)
+    return embed(
+        tower,
+        LabelledImages(images),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        precision=precision,
+        out=out,
+    )
 
 
 def embed(
@@ -61,24 +90,164 @@ def embed(
     *,
     batch_size: int = 64,
     num_workers: int = 0,
+    precision: Precision = "auto",
+    out: Any = None,
     worker_init_fn: Callable[[int], None] | None = None,
+    alone: bool = False,
 ) -> Tensor:
-    """Embed as `embed_images` does; workers call `worker_init_fn` with their number first."""
+    """Embed as `embed_images` does; workers call `worker_init_fn` with their number first.
+
+    With `alone`, this process embeds all, whether there are others or not.
+    """
     if isinstance(tower.preprocess, Preprocess):
         tower.preprocess.check_steady()
+    device = next((p.device for p in tower.parameters()), torch.device("cpu"))
+    dtype = _dtype_of(precision, device)
+    grouped = distributed.is_available() and distributed.is_initialized() and not alone
+    process, processes = (
+        (distributed.get_rank(), distributed.get_world_size()) if grouped else (0, 1)
+    )
+    count = len(images)
+    share = range(process * count // processes, (process + 1) * count // processes)
+    result = None if out is None else _checked_out(out, count)
     loader = pixel_batches(
         Pixels(images, tower.preprocess),
         batch_size=batch_size,
         num_workers=num_workers,
         worker_init_fn=worker_init_fn,
+        share=share,
+        pin_memory=device.type == "cuda",
     )
-    device = next((p.device for p in tower.parameters()), torch.device("cpu"))
-    embeddings = []
-    with torch.inference_mode(), evaluating(tower):
-        for batch in progress(loader, desc="Embedding", unit="batch", leave=False):
-            embeddings.append(tower(batch.to(device)).float().cpu())
-    result = torch.cat(embeddings).clone()
-    _checks.check_finite("embeddings", result)
+    bar = progress(
+        total=count,
+        desc="Embedding",
+        unit="image",
+        leave=False,
+        disable=None if process == 0 else True,
+    )
+    error: Exception | None = None
+    try:
+        with bar, torch.inference_mode(), evaluating(tower):
+            arriving: deque[tuple[int, Tensor, Any]] = deque()
+            start = share.start
+            for batch in loader if len(share) else ():
+                with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+                    embeddings = tower(batch.to(device, non_blocking=True)).float()
+                if result is None:
+                    # Not a tensor of inference alone: others may train on it.
+                    with torch.inference_mode(mode=False):
+                        result = torch.empty(count, embeddings.shape[1])
+                _check_size(result, embeddings.shape[1])
+                arriving.append((start, *_on_its_way(embeddings)))
+                start += len(embeddings)
+                while len(arriving) > (_UNDER_WAY if start < share.stop else 0):
+                    _arrive(result, *arriving.popleft())
+                bar.update(min(len(embeddings) * processes, count - bar.n))
+        if result is not None:
+            rows = result[share.start : share.stop]
+            _checks.check_finite(
+                "embeddings", rows, first_row=share.start if processes > 1 else None
+            )
+    except Exception as raised:
+        if processes == 1:
+            raise
+        error = raised
+    if processes > 1:
+        result = _from_all(result, error, count, device)
+    if result is None:
+        raise ValueError("`images` has no images.")
+    return result
+
+
+def _dtype_of(precision: str, device: torch.device) -> torch.dtype | None:
+    """What the tower computes in; None for what its weights are in."""
+    _checks.check_choice("precision", precision, ("auto", "no", "bf16", "fp16"))
+    if precision == "fp16" and device.type == "cpu":
+        raise ValueError("`precision` 'fp16' needs a GPU, got the CPU. Use 'auto' or 'no'.")
+    if precision == "auto":
+        on_gpu = device.type == "cuda"
+        bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if bf16 else "no"
+    return {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def _checked_out(out: Any, count: int) -> Tensor:
+    result = torch.from_numpy(out) if isinstance(out, np.ndarray) and out.flags.writeable else out
+    if not isinstance(result, Tensor):
+        raise TypeError(
+            f"`out` must be a tensor or an array that can be written to, got {type(out).__name__}."
+        )
+    if result.dtype != torch.float32 or result.device.type != "cpu" or result.requires_grad:
+        raise ValueError(
+            f"`out` must be float32 on the CPU, without gradient, got {result.dtype} on "
+            f"{result.device}."
+        )
+    if result.ndim != 2 or len(result) != count or not result.is_contiguous():
+        raise ValueError(
+            f"`out` must be contiguous and have a row for each of the {count} images, got shape "
+            f"{list(result.shape)}."
+        )
+    return result
+
+
+def _check_size(result: Tensor, size: int) -> None:
+    if result.shape[1] != size:
+        raise ValueError(
+            f"`out` must have shape [{len(result)}, {size}], as the tower's embeddings, got "
+            f"{list(result.shape)}."
+        )
+
+
+def _on_its_way(embeddings: Tensor) -> tuple[Tensor, Any]:
+    """The embeddings in memory of the host, or on their way there until an event has come."""
+    if embeddings.device.type != "cuda":
+        return embeddings.cpu(), None
+    host = torch.empty(embeddings.shape, dtype=embeddings.dtype, pin_memory=True)
+    host.copy_(embeddings, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(embeddings.device))
+    return host, event
+
+
+def _arrive(result: Tensor, start: int, embeddings: Tensor, event: Any) -> None:
+    if event is not None:
+        event.synchronize()
+    result[start : start + len(embeddings)] = embeddings
+
+
+def _from_all(
+    result: Tensor | None, error: Exception | None, count: int, device: torch.device
+) -> Tensor | None:
+    """The whole of what every process has a part of; an error of one is one of all."""
+    process, processes = distributed.get_rank(), distributed.get_world_size()
+    mine = (count, None if result is None else result.shape[1], error and f"{error}")
+    all_of_them: list[Any] = [None] * processes
+    distributed.all_gather_object(all_of_them, mine)
+    if error is not None:
+        raise error
+    for other, (its_count, _, its_error) in enumerate(all_of_them):
+        if its_error is not None:
+            raise RuntimeError(f"Process {other} failed to embed its images: {its_error}")
+        if its_count != count:
+            raise ValueError(
+                f"`images` must be the same on all processes, got {count} on process {process} and "
+                f"{its_count} on process {other}."
+            )
+    if result is None:
+        size = next((size for _, size, _ in all_of_them if size is not None), None)
+        if size is None:
+            return None
+        result = torch.empty(count, size)
+    # NCCL sends from device to device, gloo what lies in memory.
+    on_device = distributed.get_backend() == "nccl"
+    for other in range(processes):
+        first, end = (n * count // processes for n in (other, other + 1))
+        for start in range(first, end, _ROWS):
+            rows = result[start : min(start + _ROWS, end)]
+            sent = rows.to(device) if on_device else rows
+            distributed.broadcast(sent, src=other)
+            if on_device and other != process:
+                rows.copy_(sent)
     return result
 
 
@@ -110,13 +279,17 @@ def pixel_batches(
     batch_size: int,
     num_workers: int,
     worker_init_fn: Callable[[int], None] | None = None,
+    share: range | None = None,
+    pin_memory: bool = False,
 ) -> DataLoader[Tensor]:
-    """All items in order, in batches; no random generator is touched."""
+    """All items, or a share, in order and in batches; no random generator is touched."""
     return DataLoader(
         pixels,
         batch_size=batch_size,
         num_workers=num_workers,
         worker_init_fn=worker_init_fn,
+        sampler=share,
+        pin_memory=pin_memory,
         generator=torch.Generator(),  # else the loader draws from the caller's
     )
 

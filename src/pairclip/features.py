@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from pairclip.embedding import Pixels, pixel_batches
 from pairclip.towers import VisionTower
 from pairclip.towers.vision_tower import Trunk
 
-_FORMAT = "pairclip features 1"
+# The first had no checksums.
+_FORMATS = "pairclip features 1", "pairclip features 2"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Images that are decoded to tell one dataset from another, where each image's file or values
 # are looked at too, and where only these few are.
@@ -50,7 +51,8 @@ class CachedFeatures(Dataset[tuple[Tensor, int]]):
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged, or was not written by `cache_features`.
+        ValueError: If the file is damaged, or was not written by `cache_features`; the features of
+            an image are looked at when they are first asked for.
 
     Example:
         >>> import tempfile
@@ -70,17 +72,33 @@ class CachedFeatures(Dataset[tuple[Tensor, int]]):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).absolute()
-        self.metadata, self._features, self.labels = _open(self.path)
+        tensors = _open(self.path)
+        self.metadata, self._features = tensors.metadata, tensors["features"]
+        self.labels = tensors["labels"].clone()
         names = json.loads(self.metadata["class_names"])
         self.class_names: list[str] | None = names
         self._ids: list[int] = self.labels.tolist()
+        self._checksums = tensors["checksums"].clone() if "checksums" in tensors else None
+        self._checked = bytearray(len(self._ids))
 
     def __len__(self) -> int:
         return len(self._ids)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Features ``[T, H]`` of one image, in the type of the file, and its class id."""
-        return self._features[index], self._ids[index]
+        """Features ``[T, H]`` of one image, in the type of the file, and its class id.
+
+        Raises:
+            ValueError: If they are damaged, which is looked at when they are first asked for.
+        """
+        features, label = self._features[index], self._ids[index]
+        if self._checksums is not None and not self._checked[index]:
+            if _checksum_of(features) != bytes(bytes_of(self._checksums[index])):
+                raise ValueError(
+                    f"'{self.path}' is damaged: the checksum of image {index} differs. Delete it; "
+                    "`cache_features` computes it again."
+                )
+            self._checked[index] = 1
+        return features, label
 
     def __reduce__(self) -> tuple[type[CachedFeatures], tuple[Path]]:
         return CachedFeatures, (self.path,)
@@ -162,29 +180,51 @@ def cache_features(
             found = CachedFeatures(path)
             if found.metadata["key"] != key:
                 raise ValueError(f"'{path}' has the features of other data.")
+            for index in range(len(found)):
+                _ = found[index]
         except ValueError as error:
             warnings.warn(f"{error} The features are computed again.", stacklevel=2)
         else:
             print(f"Found the features of these {len(found)} images in '{path}'.")
             return found
     folder.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": _FORMAT, "key": key, "class_names": json.dumps(data.class_names)}
+    metadata = {"format": _FORMATS[1], "key": key, "class_names": json.dumps(data.class_names)}
     batches = pixel_batches(pixels, batch_size=batch_size, num_workers=num_workers)
     _write(path, _features(trunk, batches, dtype), data.labels, metadata)
     return CachedFeatures(path)
 
 
-def _open(path: Path) -> tuple[dict[str, str], Tensor, Tensor]:
-    """Metadata, features (mapped, not read) and labels."""
+def _open(path: Path) -> MappedTensors:
+    """Metadata, labels, features and their checksums, mapped; all but the features checked."""
     tensors = MappedTensors(path)
-    if tensors.metadata.get("format") != _FORMAT:
+    metadata = tensors.metadata
+    if metadata.get("format") not in _FORMATS:
         raise ValueError(f"'{path}' was not written by `cache_features`.")
-    return tensors.metadata, tensors["features"], tensors["labels"].clone()
+    expected = ["features", "labels"] + ["checksums"] * (metadata["format"] == _FORMATS[1])
+    if sorted(tensors) != sorted(expected) or not {"key", "class_names"} <= metadata.keys():
+        raise ValueError(f"'{path}' is damaged: something is missing.")
+    if metadata["format"] == _FORMATS[1] and metadata.get("sha256") != _seal_of(
+        metadata, tensors["labels"], tensors["features"].dtype, tensors["features"].shape
+    ):
+        raise ValueError(f"'{path}' is damaged: the checksum of its labels differs.")
+    return tensors
+
+
+def _seal_of(
+    metadata: dict[str, str], labels: Tensor, dtype: torch.dtype, shape: Sequence[int]
+) -> str:
+    labels_sha256 = hashlib.sha256(bytes_of(labels)).hexdigest()
+    fields = {**metadata, "labels": labels_sha256, "dtype": str(dtype), "shape": list(shape)}
+    return _files.checksum_of_fields(fields)
+
+
+def _checksum_of(row: Tensor) -> bytes:
+    return hashlib.sha256(bytes_of(row)).digest()[:8]
 
 
 def _key(trunk: Trunk, pixels: Pixels, dtype: torch.dtype) -> str:
     data = pixels.images
-    digest = hashlib.sha256(f"{_FORMAT} {dtype} {trunk.fingerprint()}".encode())
+    digest = hashlib.sha256(f"{_FORMATS[0]} {dtype} {trunk.fingerprint()}".encode())
     digest.update(json.dumps(data.class_names).encode())
     digest.update(bytes_of(data.labels))
     all_known = True
@@ -238,6 +278,7 @@ def _features(trunk: Trunk, batches: Iterable[Tensor], dtype: torch.dtype) -> It
 
 def _write(path: Path, batches: Iterable[Tensor], labels: Tensor, metadata: dict[str, str]) -> None:
     """Write the file batch by batch."""
+    checksums: list[bytes] = []
     bar = progress(total=len(labels), desc="Caching features", unit="image")
     try:
         with _files.whole_file(path) as file, bar:
@@ -248,14 +289,18 @@ def _write(path: Path, batches: Iterable[Tensor], labels: Tensor, metadata: dict
                         path.parent, 8 * len(labels) + math.prod(shape) * features.itemsize
                     )
                     # The labels first, whose eight bytes each leave the rest aligned.
-                    layout = {
+                    layout: dict[str, tuple[torch.dtype, Sequence[int]]] = {
                         "labels": (labels.dtype, labels.shape),
                         "features": (features.dtype, shape),
+                        "checksums": (torch.uint8, [len(labels), 8]),
                     }
-                    write_header(file, layout, metadata)
+                    seal = _seal_of(metadata, labels, features.dtype, shape)
+                    write_header(file, layout, {**metadata, "sha256": seal})
                     file.write(bytes_of(labels))
                 file.write(bytes_of(features))
+                checksums += map(_checksum_of, features)
                 bar.update(len(features))
+            file.write(b"".join(checksums))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(

@@ -19,6 +19,7 @@ HERE = Path(__file__).parent
 # Benchmarks that are for another machine, or run in the tests already.
 LEFT_OUT = {"smoke"}
 TINY = {
+    "breaking": "--tiny",
     "finetuner": "--only tiny --rounds 1 --batch 8 --contenders pairclip bare",
     "index": "--rows 2000 --width 16 --queries 2 --folder {folder}",
     "losses": "--batches 32 --classes 4 --width 8 --memory-from 32 --only 'pairclip squared' "

@@ -22,9 +22,11 @@ from pairclip import (
     Callback,
     CollapseMonitor,
     Finetuner,
+    ImageIndex,
     PreservingLoss,
     TargetSimilarityLoss,
     WeightAverage,
+    embed_images,
 )
 from pairclip.finetuner import accelerators
 
@@ -419,3 +421,24 @@ def jittered(workers: int) -> list[Tensor]:
     finetuner = Finetuner(tower, small.new_loss("squared"), callbacks=[watcher])
     finetuner.fit((small.pictures(), small.LABELS), batch_size=16, max_steps=3, num_workers=workers)
     return [embeddings for embeddings, _, _ in watcher.seen]
+
+
+def embeddings(counts: list[int]) -> dict[str, Any]:
+    """Embeddings of images, by all processes together, and what is said where they can't be."""
+    tower, rank = small.new_tower(), distributed.get_rank()
+    generator = np.random.default_rng(0)
+    pictures = generator.integers(0, 256, (max(counts), 16, 16, 3), dtype=np.uint8)
+    found: dict[str, Any] = {
+        str(count): embed_images(tower, pictures[:count], batch_size=4) for count in counts
+    }
+    index = ImageIndex.build(tower, pictures)
+    found["index"] = index.embeddings
+    if rank == 1:  # a search is of one process
+        found["match"] = index.search(pictures[2], k=1)[0].index
+    files = [*pictures[:5], "missing.png"]
+    for name, images in (("missing", files), ("other", pictures[: 5 + rank])):
+        try:
+            embed_images(tower, images)
+        except (ValueError, RuntimeError) as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found

@@ -77,16 +77,18 @@ def tune(args: argparse.Namespace, split: Split, load: Any, note: str | None = N
             if args.resume
             else "With --resume there would be checkpoints to continue from."
         ) from None
-    if not process.is_main_process:
-        return
     if untouched is not None:
         tower = pairclip.interpolate(untouched, tower, args.blend)
-    # First of all, so that no failing picture loses the run.
-    tower.save_pretrained(args.output / "tower")
-    history.to_json(args.output / "history.json")
+    if process.is_main_process:
+        # First of all, so that no failing picture loses the run.
+        tower.save_pretrained(args.output / "tower")
+        history.to_json(args.output / "history.json")
     say("Evaluating after.")
+    # All processes embed together.
     after = pairclip.evaluate(tower, split.test, also=also, **loading)
     similarity["after"] = pairclip.similarity_matrix(pairclip.embed_images(tower, pictures))
+    if not process.is_main_process:
+        return
     metrics = {"before": before.to_dict(), "after": after.to_dict()}
     outputs.write_json(args.output / "metrics.json", metrics)
     say("\n" + after.to_markdown(before))

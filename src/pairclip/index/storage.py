@@ -98,12 +98,20 @@ def read_header(folder: Path) -> Header:
 
 def verify_index(folder: Path, header: Header) -> None:
     """Raise unless the folder still has the index with this header, whole."""
-    if read_header(folder)["sha256"] != header["sha256"]:
-        raise ValueError(f"The index in '{folder}' is another one by now. Load it again.")
+    _check_same(folder, header)
     for entry in _entries(header):
         path = folder / entry["file"]
-        if _files.checksum(path) != entry["sha256"]:
-            raise ValueError(f"'{path}' is damaged: its checksum differs.")
+        try:
+            if _files.checksum(path) != entry["sha256"]:
+                raise ValueError(f"'{path}' is damaged: its checksum differs.")
+        except FileNotFoundError:
+            _check_same(folder, header)
+            raise
+
+
+def _check_same(folder: Path, header: Header) -> None:
+    if read_header(folder)["sha256"] != header["sha256"]:
+        raise ValueError(f"The index in '{folder}' is another one by now. Load it again.")
 
 
 def _groups(segments: Sequence[Segment], same: bool) -> list[list[Segment]]:

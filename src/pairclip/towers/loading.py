@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,28 @@ def _model_class(config: dict[str, Any]) -> Any:
 
 
 def _read(folder: Path, processor: Any) -> tuple[Any, Any, Any]:
+    """What `_read_once` reads, all of one model though another one is saved there meanwhile."""
+    while True:
+        before = _state_of(folder)
+        try:
+            read = _read_once(folder, processor)
+        except (OSError, ValueError):
+            if _state_of(folder) == before:
+                raise
+        else:
+            if _state_of(folder) == before:
+                return read
+
+
+def _state_of(folder: Path) -> list[tuple[str, int, int]]:
+    """What differs once another model is in the folder."""
+    with suppress(FileNotFoundError):
+        stats = [(path.name, path.stat()) for path in sorted(folder.glob("*.json"))]
+        return [(name, status.st_ino, status.st_mtime_ns) for name, status in stats]
+    return []
+
+
+def _read_once(folder: Path, processor: Any) -> tuple[Any, Any, Any]:
     """Kind of tower, model, and the image processor that was given or else saved, or None."""
     config = folder / _CONFIG
     content = read_json(config) if config.is_file() else {}
