@@ -80,6 +80,7 @@ if TYPE_CHECKING:
         RecipeResult as RecipeResult,
         compare_recipes as compare_recipes,
         default_recipes as default_recipes,
+        imprint as imprint,
         tune as tune,
     )
     from pairclip.report import (
@@ -163,6 +164,7 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
         "RecipeResult",
         "compare_recipes",
         "default_recipes",
+        "imprint",
         "tune",
     ),
     "index": ("FaissIndex", "ImageIndex", "Match", "search_recall"),

@@ -2,6 +2,7 @@
 
 from pairclip.recipes.comparing import compare_recipes
 from pairclip.recipes.comparison import RecipeComparison, RecipeResult
+from pairclip.recipes.imprinting import imprint
 from pairclip.recipes.recipe import Recipe, default_recipes
 from pairclip.recipes.training import tune
 
@@ -11,5 +12,6 @@ __all__ = [
     "RecipeResult",
     "compare_recipes",
     "default_recipes",
+    "imprint",
     "tune",
 ]
