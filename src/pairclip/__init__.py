@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     )
     from pairclip.evaluation import (
         Evaluation as Evaluation,
+        choose_threshold as choose_threshold,
         evaluate as evaluate,
         evaluate_embeddings as evaluate_embeddings,
     )
@@ -146,7 +147,7 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
     "towers": ("VisionTower", "interpolate", "layer_decay", "load_tower"),
     "embedding": ("embed_images",),
     "features": ("CachedFeatures", "cache_features"),
-    "evaluation": ("Evaluation", "evaluate", "evaluate_embeddings"),
+    "evaluation": ("Evaluation", "choose_threshold", "evaluate", "evaluate_embeddings"),
     "history": ("History",),
     "checkpoints": ("Checkpoint", "best_checkpoint", "newest_checkpoint"),
     "callbacks": (

@@ -31,6 +31,7 @@ TINY = {
     "'PML metrics'",
     "towers": "--check --only CLIP",
     "samplers": "--labels 4000 --many 8000 --pass-seconds 0.01",
+    "thresholds": "--splits 2 --classes 12 --rates 0.1",
 }
 
 
