@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING, Any
 from pairclip._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from pairclip.alignment import (
+        Alignment as Alignment,
+        align as align,
+    )
     from pairclip.callbacks import (
         Callback as Callback,
         CollapseMonitor as CollapseMonitor,
@@ -148,6 +152,7 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
     "embedding": ("embed_images",),
     "features": ("CachedFeatures", "cache_features"),
     "evaluation": ("Evaluation", "choose_threshold", "evaluate", "evaluate_embeddings"),
+    "alignment": ("Alignment", "align"),
     "history": ("History",),
     "checkpoints": ("Checkpoint", "best_checkpoint", "newest_checkpoint"),
     "callbacks": (

@@ -17,7 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 # Benchmarks that are for another machine, or run in the tests already.
-LEFT_OUT = {"smoke"}
+LEFT_OUT = {"smoke", "alignment"}
 TINY = {
     "breaking": "--tiny",
     "finetuner": "--only tiny --rounds 1 --batch 8 --contenders pairclip bare",
