@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from pytorch_metric_learning import losses as pml
 from torch import nn
+from torch.utils.data import Dataset
 from torchvision import transforms
 
 from pairclip import (
@@ -63,10 +65,22 @@ def photos() -> tuple[np.ndarray, list[int]]:
     return pixels.astype(np.uint8), labels
 
 
-def plain_tower(
-    *, size: int = 8, activation: nn.Module | None = None, flips: bool = True
-) -> VisionTower:
-    """Small, with dropout and batch norm, and with a random transform."""
+class Flipped(Dataset[tuple[Image.Image, int]]):
+    """The photos, each of which is another one half of the time."""
+
+    def __init__(self) -> None:
+        self.pixels, self.targets = photos()
+        self._flip = transforms.RandomHorizontalFlip()
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self._flip(Image.fromarray(self.pixels[index])), self.targets[index]
+
+
+def plain_tower(*, size: int = 8, activation: nn.Module | None = None) -> VisionTower:
+    """Small, with dropout and batch norm."""
     torch.manual_seed(0)
     module = nn.Sequential(
         nn.Flatten(),
@@ -76,10 +90,8 @@ def plain_tower(
         nn.Dropout(0.2),
         nn.Linear(16, size),
     )
-    preprocess = [transforms.Resize((8, 8)), transforms.RandomHorizontalFlip(0.5 * flips)]
-    return load_tower(
-        module, image_processor=transforms.Compose([*preprocess, transforms.ToTensor()])
-    )
+    preprocess = transforms.Compose([transforms.Resize((8, 8)), transforms.ToTensor()])
+    return load_tower(module, image_processor=preprocess)
 
 
 class Run:
@@ -90,7 +102,7 @@ class Run:
     def __init__(self, directory: Path | None = None) -> None:
         self.tower = plain_tower()
         self.loss: Any = LOSS
-        self.data: Any = photos()
+        self.data: Any = Flipped()
         self.finetuner: dict[str, Any] = {"learning_rate": 1e-3}
         self.fit: dict[str, Any] = {"batch_size": 6, "max_steps": 6}
         if directory is not None:

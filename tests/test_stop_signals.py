@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from quick import quick_evaluation
-from runs import At, Killed, Run, assert_same, kill, never, photos, plain_tower, send
+from runs import At, Killed, Run, assert_same, kill, never, photos, send
 
 from pairclip import (
     Callback,
@@ -55,7 +55,7 @@ def test_a_signal_ends_the_step_saves_and_stops(tmp_path: Path, number: int, ste
         run.finetuner["callbacks"] = [WeightAverage(0.9), EarlyStopping("gap", patience=9)]
         run.fit |= {"evaluate": quick_evaluation(photos()), "eval_every": 2, "checkpoint_every": 5}
         run.fit["keep_checkpoints"] = 9
-        run.tower = plain_tower(flips=False)
+        run.data = photos()
     expected = whole.go(never())
     part.tower.model[2].eval()
     with ends_with(number):
@@ -99,7 +99,7 @@ def test_a_signal_during_an_evaluation(tmp_path: Path, number: int, step: int, s
     for run in (whole, part, rest):
         run.fit |= {"evaluate": quick_evaluation(photos()), "eval_every": 2, "checkpoint_every": 5}
         run.finetuner["callbacks"] = [WeightAverage(0.9)]
-        run.tower = plain_tower(flips=False)
+        run.data = photos()
     expected = whole.go(Evaluated(-1, kill))
     with ends_with(number):
         part.go(Evaluated(step, send(number)))
@@ -136,7 +136,7 @@ def test_a_signal_in_the_step_that_a_callback_stops_at(tmp_path: Path, number: i
     for run in (whole, part, rest):
         run.finetuner["callbacks"] = [Stop(), WeightAverage(0.9)]
         run.fit |= {"evaluate": quick_evaluation(photos()), "eval_every": 5}
-        run.tower = plain_tower(flips=False)
+        run.data = photos()
     expected = whole.go(never())
     assert [evaluation["step"] for evaluation in expected.evaluations] == [3]
     with ends_with(number):

@@ -26,7 +26,7 @@ def measure(
         raise TypeError(
             f"`image_processor` must be callable, got {type(preprocess.transform).__name__}."
         )
-    pixel_values: Any = preprocess(grey_image(230, 224))
+    pixel_values: Any = preprocess(grey_image(224, 224))
     shape = list(pixel_values.shape) if isinstance(pixel_values, Tensor) else [0]
     if shape != [3, shape[-1], shape[-1]] or not pixel_values.is_floating_point():
         raise ValueError(

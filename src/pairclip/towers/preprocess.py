@@ -112,8 +112,11 @@ class Preprocess:
 
 
 def noise_image() -> Image.Image:
-    """An image with all values of eight bits, the same each time."""
-    values = np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8)
+    """An image with all values of eight bits, the same each time.
+
+    It is square: a preprocess may leave it to the images to be of the tower's size.
+    """
+    values = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
     return Image.fromarray(values)
 
 
