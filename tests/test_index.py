@@ -42,7 +42,8 @@ def rows_of(count: int, size: int = 24, seed: int = 0) -> torch.Tensor:
 
 def flat_tower() -> VisionTower:
     """Pixels are the embedding."""
-    return load_tower(nn.Flatten(), image_processor=transforms.ToTensor())
+    preprocess = transforms.Compose([transforms.Resize((2, 2)), transforms.ToTensor()])
+    return load_tower(nn.Flatten(), image_processor=preprocess)
 
 
 def tensors_file(folder: Path) -> Path:

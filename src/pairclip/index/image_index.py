@@ -38,7 +38,8 @@ class ImageIndex(ExactSearch):
         >>> from torch import nn
         >>> from torchvision import transforms
         >>> from pairclip import ImageIndex, load_tower
-        >>> tower = load_tower(nn.Flatten(), image_processor=transforms.ToTensor())
+        >>> preprocess = transforms.Compose([transforms.Resize((4, 4)), transforms.ToTensor()])
+        >>> tower = load_tower(nn.Flatten(), image_processor=preprocess)
         >>> images = np.zeros((3, 4, 4, 3), dtype=np.uint8)
         >>> images[0, :2], images[1, 2:], images[2, :, :2] = 255, 255, 255
         >>> index = ImageIndex.build(tower, (images, ["sky", "sea", "wall"]))
