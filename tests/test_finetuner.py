@@ -571,7 +571,11 @@ def test_a_pair_loss_of_ones_own_takes_the_pairs_of_a_sampler(tower, images) -> 
     ("arguments", "error", "message"),
     [
         ({"evaluate": {}}, TypeError, "`evaluate` must be a callable that takes the tower, got"),
-        ({"evaluate": dict, "eval_dataset": 3}, ValueError, "`eval_dataset` would be ignored"),
+        (
+            {"evaluate": dict, "eval_dataset": (np.zeros((2, 8, 8, 3), np.uint8), [0, 0])},
+            ValueError,
+            "`eval_dataset` would be ignored",
+        ),
         ({"evaluate": dict, "eval_every": 0}, ValueError, "`eval_every` must be at least 1"),
         ({"eval_every": 2}, ValueError, "`eval_every` 2 would be ignored: there is no `eval_data"),
     ],

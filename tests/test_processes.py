@@ -180,6 +180,33 @@ def test_targets_go_with_their_images_over_processes_and_micro_batches(
             assert step["loss"] == pytest.approx(expected_step["loss"], rel=1e-4)
 
 
+DISAGREEMENTS = {
+    "images": "dataset.some images, preprocessed is",
+    "fewer images": "dataset.images is 48 there and 64 here",
+    "labels": "dataset.labels is",
+    "evaluation": "eval_dataset is",
+    "steps": "fit.max_steps is 3 there and 2 here",
+    "micro-batches": "settings.micro_batch_size is 4 there and None here",
+    "seed": "settings.seed is 1 there and 0 here",
+    "learning_rate": "settings.learning_rate is 0.01 there and 0.001 here",
+    "batches": "At step 1, process 1 has drawn another batch than process 0",
+}
+
+
+def test_processes_that_are_about_to_do_different_things_are_named_on_all(run: Run) -> None:
+    for said in run("disagreements", 2, names=tuple(DISAGREEMENTS)):
+        assert set(said) == set(DISAGREEMENTS)
+        for name, message in DISAGREEMENTS.items():
+            assert message in said[name], name
+            assert name == "batches" or said[name].startswith("Process 1 is not about to do")
+
+
+def test_a_process_that_fails_is_what_the_others_say(run: Run) -> None:
+    first, last = run("failing", 2)
+    assert last == "KeyError: 'of its own'"
+    assert first.startswith("RuntimeError: Process 0 can't go on: another process of this fit has")
+
+
 def test_gradients_are_added_up_over_processes_once_per_step(run: Run) -> None:
     assert run("reductions", 2, micro=None) == [2, 2]
     assert run("reductions", 2, micro=4) == [2, 2]

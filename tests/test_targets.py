@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from processes import small
-from runs import At, Killed, Run, assert_same, kill, never, photos
+from runs import At, Killed, Run, assert_same, kill, never, photos, plain_tower
 from torch import Tensor
 from torch.utils.data import Subset
 
@@ -182,6 +182,7 @@ def test_features_of_a_trunk_have_targets_and_may_be_kept(tmp_path: Path) -> Non
 
 def preserving(directory: Path) -> Run:
     run = Run(directory)
+    run.tower = plain_tower()
     run.loss = PreservingLoss(LOSS, weight=0.5)
     run.fit |= {"batch_size": 8, "keep": photos()[0][::-1].copy()}
     return run

@@ -153,6 +153,61 @@ def targeted(micro: int | None) -> tuple[list[Tensor], list[dict[str, Any]]]:
     return first, history.steps
 
 
+def disagreements(names: list[str]) -> dict[str, str]:
+    """What is said where the last process does something else."""
+    accelerator = Accelerator()
+    other = accelerator.process_index == accelerator.num_processes - 1
+    pictures, labels = small.pictures(), list(small.LABELS)
+    said = {}
+    for name in names:
+        data: Any = (pictures, labels)
+        settings: dict[str, Any] = {"learning_rate": 1e-3}
+        fitting: dict[str, Any] = {"sampler": small.new_sampler("squared"), "max_steps": 2}
+        if other:
+            if name == "images":
+                data = (255 - pictures, labels)
+            elif name == "fewer images":
+                data = (pictures[:48], labels[:48])
+                fitting["sampler"] = small.Batches([list(range(32))])
+            elif name == "labels":
+                data = (pictures, labels[1:] + labels[:1])
+            elif name == "evaluation":
+                fitting["eval_dataset"] = (pictures, [label % 2 for label in labels])
+            elif name == "batches":
+                fitting["sampler"] = small.Batches(small.shuffled_batches()[::-1])
+            elif name == "steps":
+                fitting["max_steps"] = 3
+            elif name == "micro-batches":
+                settings["micro_batch_size"] = 4
+            else:
+                settings[name] = {"seed": 1, "learning_rate": 1e-2}[name]
+        if name == "evaluation":
+            fitting.setdefault("eval_dataset", data)
+        try:
+            Finetuner(small.new_tower(), small.new_loss("squared"), **settings).fit(data, **fitting)
+        except ValueError as error:
+            said[name] = str(error)
+    return said
+
+
+def failing() -> str:
+    """The last process fails, and ends; what the others say."""
+    accelerator = Accelerator()
+
+    class Fail(Callback):
+        def on_step(self, fit: Any) -> None:
+            if fit.step == 2 and accelerator.process_index == accelerator.num_processes - 1:
+                raise KeyError("of its own")
+
+    try:
+        Finetuner(small.new_tower(), small.new_loss("squared"), callbacks=[Fail()]).fit(
+            (small.pictures(), small.LABELS), batch_size=32, max_steps=4
+        )
+    except (RuntimeError, KeyError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
 class Watcher(Callback):
     """Keeps what a callback sees."""
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from pairclip._randomness import (
     Stream,
@@ -16,6 +18,7 @@ from pairclip._randomness import (
     seed_all,
     set_random_state,
 )
+from pairclip.finetuner.agreement import BatchDigests
 from pairclip.finetuner.images import FitImages, KeptDeck, kept_deck
 from pairclip.samplers import PairSampler, default_sampler
 from pairclip.towers.preprocess import Preprocess
@@ -96,6 +99,7 @@ class RunBatches:
         process: Number of this process.
         num_processes: Processes that share each batch.
         kept: Adds images to keep to each batch, if given.
+        digests: Are told of each batch, if given.
 
     Raises:
         ValueError: If the sampler yields more or fewer batches than its ``len()``, indices
@@ -113,6 +117,7 @@ class RunBatches:
         process: int = 0,
         num_processes: int = 1,
         kept: KeptDeck | None = None,
+        digests: BatchDigests | None = None,
     ) -> None:
         self.sampler = sampler
         self.num_items = num_items
@@ -121,6 +126,7 @@ class RunBatches:
         self.process = process
         self.num_processes = num_processes
         self.kept = kept
+        self.digests = digests
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -171,6 +177,8 @@ class RunBatches:
             )
 
     def _share(self, batch: Sequence[int], epoch: int, position: int) -> list[ItemKey]:
+        if self.digests is not None:
+            self.digests.add(batch)
         share, rest = divmod(len(batch), self.num_processes)
         if rest:
             raise ValueError(
@@ -227,6 +235,14 @@ def choose_batches(
     elif keep_share != KEEP_SHARE:
         raise ValueError(f"`keep_share` {keep_share} would be ignored: there is no `keep`.")
     if sampler is None:
+        number = len(images.data)
+        if batch_size + (0 if kept is None else kept.per_batch) == BATCH_SIZE > 2 * number > 2:
+            warnings.warn(
+                f"`batch_size` is {BATCH_SIZE} by default, more than `dataset` can fill with its "
+                f"{number} images: batches have {number - number % 2} of them.",
+                stacklevel=3,
+            )
+            batch_size = number - number % 2
         sampler = default_sampler(images.data.labels, batch_size, seed, pairs=pairs)
     return sampler, kept
 
@@ -245,3 +261,19 @@ def _check_sampler(sampler: BatchSampler, *, pairs: bool) -> None:
             "`sampler` has no batch, its len() is 0. Are its batches larger than the dataset, with "
             "drop_last=True?"
         )
+
+
+def loader_of(
+    items: TrainingItems,
+    batches: RunBatches,
+    device: torch.device,
+    workers: Mapping[str, Any],
+) -> DataLoader[tuple[Tensor, int, int]]:
+    """Loads the batches, and leaves the global generators alone."""
+    return DataLoader(
+        items,
+        batch_sampler=batches,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator().manual_seed(items.seed),
+        **workers,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from pairclip._randomness import Stream, random_state_kept, seed_all
 
 Loss = Callable[..., Tensor]  # of embeddings, labels and, where there are some, targets
+# As indexing, scattering and one-hot rows say that a class id is beyond the classes of a loss.
+_NO_SUCH_CLASS = re.compile("out of bounds|out of range|smaller than num_classes")
 
 
 class BatchResult(NamedTuple):
@@ -80,7 +83,7 @@ def backward(
 
         seed_all(Stream.LOSS, *seed, device=accelerator.device)
         with torch.autocast(accelerator.device.type, enabled=False):
-            value = loss(whole, *beside)
+            value = _value(loss, whole, *beside)
         _check_loss(value)
         gradient = _differentiate(value, whole, parameters, accelerator.scaler)
         mine = gradient.chunk(accelerator.num_processes)[process] * accelerator.num_processes
@@ -96,6 +99,20 @@ def backward(
     return BatchResult(
         value.detach(), whole.detach(), beside[0], None if targets is None else beside[1], gradient
     )
+
+
+def _value(loss: Loss, embeddings: Tensor, labels: Tensor, *targets: Tensor) -> Any:
+    try:
+        return loss(embeddings, labels, *targets)
+    except (IndexError, RuntimeError) as error:
+        if not _NO_SUCH_CLASS.search(str(error)):
+            raise
+        raise ValueError(
+            f"`loss` can't take the class ids of this batch, {int(labels.min())} to "
+            f"{int(labels.max())}: {error}. A loss with a proxy or a weight for each class wants "
+            "ids from 0, and as many classes as it was made for: "
+            "`LabelledImages(dataset, relabel=True)` numbers them so."
+        ) from error
 
 
 def _differentiate(

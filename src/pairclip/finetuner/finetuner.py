@@ -8,22 +8,25 @@ from contextlib import nullcontext
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from pairclip.callbacks import Callback, FitState
 from pairclip.callbacks.base import check_callbacks
 from pairclip.datasets import LabelledImages
-from pairclip.embedding import embed
-from pairclip.evaluation import evaluate_embeddings
 from pairclip.finetuner.accelerators import (
     accelerate_state_kept,
     check_accelerator,
     new_accelerator,
+)
+from pairclip.finetuner.agreement import (
+    BatchDigests,
+    check_same,
+    lost_processes_named,
+    one_fit_at_a_time,
 )
 from pairclip.finetuner.batches import (
     BATCH_SIZE,
@@ -32,8 +35,10 @@ from pairclip.finetuner.batches import (
     RunBatches,
     TrainingItems,
     choose_batches,
+    loader_of,
 )
-from pairclip.finetuner.identity import config_of, identity_of
+from pairclip.finetuner.evaluations import check_all_images, choose_evaluation
+from pairclip.finetuner.identity import config_of, identity_of, statement_of
 from pairclip.finetuner.images import FitImages
 from pairclip.finetuner.loop import Loop
 from pairclip.finetuner.resuming import Saver
@@ -153,7 +158,11 @@ class Finetuner:
     micro_batch_size = property(attrgetter("settings.micro_batch_size"))
     seed = property(attrgetter("settings.seed"))
 
+    @one_fit_at_a_time()
+    @lost_processes_named()
     @accelerate_state_kept()
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def fit(
         self,
         dataset: Any,
@@ -173,6 +182,7 @@ class Finetuner:
         keep_checkpoints: int = KEEP_CHECKPOINTS,
         resume: bool = False,
         num_workers: int = 0,
+        check: Literal["paths", "decode"] | None = None,
     ) -> History:
         """Train the tower in place, and leave it on the accelerator's device.
 
@@ -210,6 +220,8 @@ class Finetuner:
                 start. On the CPU the weights end bit for bit as without the interruption.
             num_workers: Processes that load and preprocess images beside the training; in an
                 evaluation as many.
+            check: ``"paths"`` looks before the first step whether all files are there, and
+                ``"decode"`` reads every image; None looks at a few of `eval_dataset`.
 
         Returns:
             The history, of the earlier parts of a resumed run too.
@@ -222,6 +234,7 @@ class Finetuner:
                 The first three are seen before they change a weight: the tower then has those
                 from before the step.
             OSError: If `checkpoint_dir` can't be made, or another fit writes into it.
+            RuntimeError: If another process of the fit failed, or another thread is in a fit.
 
         Warns:
             UserWarning: If a checkpoint could not be written, or is damaged and passed over; or
@@ -237,23 +250,31 @@ class Finetuner:
             keep_checkpoints=keep_checkpoints,
             resume=resume,
             num_workers=num_workers,
+            check=check,
         )
-        _check_evaluate(evaluate, eval_dataset)
         signals = StopSignals(active=plan.checkpoint_dir is not None)
         leave = partial(leave_stopping_to_main, left=signals.left)
-        workers: dict[str, Any] = {
-            "num_workers": num_workers,
-            "worker_init_fn": None if plan.checkpoint_dir is None else leave,
-        }
+        workers: dict[str, Any] = {"num_workers": num_workers}
+        workers["worker_init_fn"] = None if plan.checkpoint_dir is None else leave
         images = FitImages(LabelledImages(dataset), keep)
-        if eval_dataset is not None:
-            evaluate = partial(_evaluate, data=LabelledImages(eval_dataset), workers=workers)
+        evaluated = None if eval_dataset is None else LabelledImages(eval_dataset)
+        evaluate = choose_evaluation(evaluate, evaluated, workers)
+        named = {"dataset": images.data, "keep": images.keep, "eval_dataset": evaluated}
+        check_all_images(named, check, num_workers)
         rows = check_targets(self.loss, targets, images)
         sampler, kept = choose_batches(
             self.loss, images, sampler, batch_size=batch_size, keep_share=keep_share, seed=self.seed
         )
         accelerator = self.accelerator or new_accelerator(self.settings.precision)
         check_accelerator(accelerator)
+        items = TrainingItems(images, tower_of(self.tower).preprocess, seed=self.seed)
+        digests = None
+        if accelerator.num_processes > 1:
+            digests = BatchDigests()
+            statement = statement_of(
+                self.tower, self.loss, self.settings, plan, sampler, items, rows, evaluated
+            )
+            check_same(accelerator, statement)
         num_steps = epochs * len(sampler) if max_steps is None else max_steps
         trainer = Trainer(self.tower, self.loss, self.settings, accelerator, num_steps)
         fit = FitState(
@@ -275,24 +296,18 @@ class Finetuner:
             if rows is None and getattr(self.loss, "preserves", False):
                 folder = None if checkpoint is None else plan.checkpoint_dir
                 rows = untouched_embeddings(self.tower, images, self.seed, workers, folder)
-            items = TrainingItems(images, tower_of(self.tower).preprocess, seed=self.seed)
             if saver is not None:
                 identity = identity_of(trainer, items, rows, fit.config, self.callbacks)
                 saver.start(checkpoint, identity, None if targets is not None else rows)
-            loader = DataLoader(
-                items,
-                batch_sampler=RunBatches(
-                    sampler,
-                    num_items=len(images.data),
-                    steps=range(fit.step, num_steps),
-                    seed=self.seed,
-                    process=accelerator.process_index,
-                    num_processes=accelerator.num_processes,
-                    kept=kept,
-                ),
-                pin_memory=accelerator.device.type == "cuda",
-                generator=torch.Generator().manual_seed(self.seed),
-                **workers,
+            batches = RunBatches(
+                sampler,
+                num_items=len(images.data),
+                steps=range(fit.step, num_steps),
+                seed=self.seed,
+                process=accelerator.process_index,
+                num_processes=accelerator.num_processes,
+                kept=kept,
+                digests=digests,
             )
             loop = Loop(
                 trainer,
@@ -300,29 +315,14 @@ class Finetuner:
                 self.callbacks,
                 steps_per_epoch=len(sampler),
                 targets=rows,
+                digests=digests,
                 evaluate=evaluate,
                 eval_every=eval_every or len(sampler),
                 saver=saver,
                 signals=signals,
             )
             with trainer.training(), signals:
-                ended = loop.train(loader)
+                ended = loop.train(loader_of(items, batches, accelerator.device, workers))
         if not ended or signals.caught is not None:
             signals.obey()
         return fit.history
-
-
-def _check_evaluate(evaluate: object, eval_dataset: object) -> None:
-    if evaluate is None:
-        return
-    if not callable(evaluate):
-        raise TypeError(f"`evaluate` must be a callable that takes the tower, got {evaluate!r}.")
-    if eval_dataset is not None:
-        raise ValueError("`eval_dataset` would be ignored: `evaluate` is given. Pass one of them.")
-
-
-def _evaluate(
-    tower: VisionTower, data: LabelledImages, workers: Mapping[str, Any]
-) -> Mapping[str, Any]:
-    embeddings = embed(tower, data, **workers)
-    return vars(evaluate_embeddings(embeddings, data.labels, class_names=data.class_names))

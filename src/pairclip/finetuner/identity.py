@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from torch.utils.data import Sampler
 from pairclip._files import bytes_of
 from pairclip.callbacks import Callback
 from pairclip.checkpoints import trained_tensors
+from pairclip.datasets import LabelledImages
 from pairclip.finetuner.batches import BatchSampler, ItemKey, TrainingItems
 from pairclip.finetuner.images import KeptDeck
+from pairclip.finetuner.settings import Plan, Settings
 from pairclip.finetuner.step import Trainer
 from pairclip.towers import tower_of
 
@@ -57,13 +60,8 @@ def identity_of(
     Warns:
         UserWarning: If images differ when they are loaded again, so that resuming isn't exact.
     """
-    tower, data = trainer.tower, items.images
-    frozen = {name: p for name, p in tower.named_parameters() if not p.requires_grad}
-    chosen = [i * (len(data) - 1) // (_SAMPLED_ITEMS - 1) for i in range(_SAMPLED_ITEMS)]
-    keys = [ItemKey(0, i, item) for i, item in enumerate(chosen)]
-    pixels: str | None = _digest_of_items(items, keys)
-    if pixels != _digest_of_items(items, keys):
-        pixels = None
+    dataset = dataset_identity(items, targets)
+    if dataset["some images, preprocessed"] is None:
         warnings.warn(
             "`dataset` gives other pixels when the same images are loaded again: a transform draws "
             "from a generator of its own. A resumed run won't end in the same weights, and other "
@@ -71,39 +69,82 @@ def identity_of(
             "torch, which are seeded for each image.",
             stacklevel=4,
         )
+    groups = zip(trainer.optimizer.param_groups, trainer.peak_rates, strict=True)
     return {
-        "model": {
-            "class": type(getattr(tower, "model", tower)).__qualname__,
-            "settings": tower_of(tower).settings(),
-            "modules": {
-                name: f"{type(module).__qualname__}({module.extra_repr()})"
-                for name, module in tower.named_modules()
-            },
-            "trained weights": _digest(
-                {name: torch.tensor(t.shape) for name, t in trained_tensors(tower).items()}
-            ),
-            "frozen weights": _digest(frozen),
-        },
-        "dataset": {
-            "images": len(data),
-            "labels": _digest({"labels": data.labels}),
-            "class names": data.class_names,
-            "some images, preprocessed": pixels,
-            **({} if targets is None else {"targets": _digest({"targets": targets})}),
-        },
+        "model": model_identity(trainer.tower),
+        "dataset": dataset,
         "configuration": {
             **config,
             "parameter groups": [
                 {"parameters": len(group["params"])}
                 | {key: str(group[key]) for key in group if key not in ("params", "lr")}
                 | {"learning rate": rate}
-                for group, rate in zip(
-                    trainer.optimizer.param_groups, trainer.peak_rates, strict=True
-                )
+                for group, rate in groups
             ],
             "callbacks": [describe(callback) for callback in callbacks],
         },
     }
+
+
+def model_identity(tower: nn.Module) -> dict[str, Any]:
+    """What is the same in the same model, but for the values of what is trained."""
+    frozen = {name: p for name, p in tower.named_parameters() if not p.requires_grad}
+    return {
+        "class": type(getattr(tower, "model", tower)).__qualname__,
+        "settings": tower_of(tower).settings(),
+        "modules": {
+            name: f"{type(module).__qualname__}({module.extra_repr()})"
+            for name, module in tower.named_modules()
+        },
+        "trained weights": _digest(
+            {name: torch.tensor(t.shape) for name, t in trained_tensors(tower).items()}
+        ),
+        "frozen weights": _digest(frozen),
+    }
+
+
+def dataset_identity(items: TrainingItems, targets: Tensor | None) -> dict[str, Any]:
+    """What is the same in the same images; None for pixels that are others each time."""
+    images = items.images
+    chosen = [i * (len(images) - 1) // (_SAMPLED_ITEMS - 1) for i in range(_SAMPLED_ITEMS)]
+    keys = [ItemKey(0, i, item) for i, item in enumerate(chosen)]
+    pixels = _digest_of_items(items, keys)
+    return {
+        "images": len(images),
+        "labels": _digest({"labels": images.labels}),
+        "class names": images.class_names,
+        "some images, preprocessed": pixels if pixels == _digest_of_items(items, keys) else None,
+        **({} if targets is None else {"targets": _digest({"targets": targets})}),
+    }
+
+
+def statement_of(
+    tower: nn.Module,
+    loss: object,
+    settings: Settings,
+    plan: Plan,
+    sampler: BatchSampler,
+    items: TrainingItems,
+    targets: Tensor | None,
+    evaluated: LabelledImages | None,
+) -> dict[str, Any]:
+    """What a process is about to do, as far as all processes must do the same."""
+    return {
+        "tower": model_identity(tower),
+        "dataset": dataset_identity(items, targets),
+        "loss": describe(loss),
+        "sampler": describe(sampler),
+        "batches per epoch": len(sampler),
+        "settings": {name: _plain(value) for name, value in vars(settings).items()},
+        "fit": {name: _plain(value) for name, value in vars(plan).items() if name != "num_workers"},
+        "eval_dataset": None if evaluated is None else _digest({"labels": evaluated.labels}),
+    }
+
+
+def _plain(value: object) -> object:
+    if callable(value):
+        return getattr(value, "__qualname__", type(value).__qualname__)
+    return str(value) if isinstance(value, Path) else value
 
 
 def _digest_of_items(items: TrainingItems, keys: list[ItemKey]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,12 +14,11 @@ from pairclip import _files
 from pairclip._progress import progress
 from pairclip._randomness import Stream, random_state_kept, seed_all
 from pairclip.callbacks import Callback, FitState
+from pairclip.finetuner.agreement import BatchDigests
+from pairclip.finetuner.evaluations import Evaluate
 from pairclip.finetuner.resuming import Saver
 from pairclip.finetuner.step import Trainer
 from pairclip.finetuner.stop_signals import StopSignals
-
-# From the tower to numbers by name; anything else in the mapping is left out of the history.
-Evaluate = Callable[[Any], Mapping[str, Any]]
 
 
 class Loop:
@@ -31,6 +30,7 @@ class Loop:
         callbacks: Called in this order.
         steps_per_epoch: Batches of the sampler's epoch.
         targets: A row for each image of the fit, if the loss takes them.
+        digests: Of the batches that this process has drawn, if there are others to differ from.
         evaluate: Called with the tower every `eval_every` steps and after the last, if given.
         eval_every: Steps between evaluations.
         saver: Writes checkpoints, if given.
@@ -45,6 +45,7 @@ class Loop:
         *,
         steps_per_epoch: int,
         targets: Tensor | None,
+        digests: BatchDigests | None,
         evaluate: Evaluate | None,
         eval_every: int,
         saver: Saver | None,
@@ -55,6 +56,7 @@ class Loop:
         self.callbacks = callbacks
         self.steps_per_epoch = steps_per_epoch
         self.targets = targets
+        self.digests = digests
         self.evaluate = evaluate
         self.eval_every = eval_every
         self.saver = saver
@@ -96,6 +98,8 @@ class Loop:
 
     def _step(self, pixels: Tensor, labels: Tensor, items: Tensor) -> dict[str, float | None]:
         fit, history = self.fit, self.fit.history
+        if self.digests is not None:
+            self.digests.check_same(fit.accelerator, fit.step + 1)
         targets = None if self.targets is None else self.targets[items]
         batch, record, skipped = self.trainer(pixels, labels, targets, fit.step + 1)
         epoch = fit.step // self.steps_per_epoch

@@ -96,6 +96,7 @@ class Plan:
     keep_checkpoints: int
     resume: bool
     num_workers: int
+    check: str | None
 
     def __post_init__(self) -> None:
         _checks.check_positive_int("epochs", self.epochs)
@@ -110,6 +111,8 @@ class Plan:
         _check_every("checkpoint_every", self.checkpoint_every, "checkpoint_dir", saves)
         _checks.check_positive_int("keep_checkpoints", self.keep_checkpoints)
         _checks.check_count("num_workers", self.num_workers)
+        if self.check is not None:
+            _checks.check_choice("check", self.check, ("paths", "decode"))
         if self.keep_checkpoints != KEEP_CHECKPOINTS and not saves:
             raise ValueError(
                 f"`keep_checkpoints` {self.keep_checkpoints} would be ignored: there is no "

@@ -1,0 +1,104 @@
+"""Processes that share a fit must do the same: said before the first step, looked at in each."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from pairclip.checkpoints import differences
+
+# As gloo and the sockets below it say it.
+_LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Timed out waiting|Socket closed")
+_FITTING = threading.RLock()
+
+
+def check_same(accelerator: Accelerator, statement: Mapping[str, Any]) -> None:
+    """Raise on all processes, naming those whose statement is not that of the first.
+
+    Args:
+        accelerator: Of the fit.
+        statement: Nested dicts and lists of plain values: what this process is about to do.
+
+    Raises:
+        ValueError: If a process differs from the first.
+    """
+    if accelerator.num_processes == 1:
+        return
+    first, *others = gather_object([dict(statement)])
+    for number, other in enumerate(others, 1):
+        different = list(differences(other, first))
+        if different:
+            raise ValueError(
+                f"Process {number} is not about to do what process 0 is (there: process {number}, "
+                f"here: process 0): {'; '.join(different)}. Give all processes the same data and "
+                "settings; a random split, say, needs a fixed seed."
+            )
+
+
+class BatchDigests:
+    """A number for each batch that was drawn and not yet trained on, the same for equal ones."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[int] = deque()
+
+    def add(self, batch: Sequence[int]) -> None:
+        """Note a batch as the sampler drew it."""
+        values = np.asarray([int(index) for index in batch], np.int64)
+        digest = hashlib.sha256(values.tobytes()).digest()
+        self._waiting.append(int.from_bytes(digest[:7], "little"))
+
+    def check_same(self, accelerator: Accelerator, step: int) -> None:
+        """Raise on all processes unless all have drawn the same batch for this step."""
+        mine = torch.tensor([[self._waiting.popleft()]], device=accelerator.device)
+        gather: Any = accelerator.gather
+        digests = gather(mine).flatten().tolist()
+        for number, digest in enumerate(digests):
+            if digest != digests[0]:
+                raise ValueError(
+                    f"At step {step}, process {number} has drawn another batch than process 0. Let "
+                    "`sampler` draw from the global generators of Python, NumPy or torch, which "
+                    "are seeded alike, or give it the same seed on all processes."
+                )
+
+
+@contextmanager
+def lost_processes_named() -> Iterator[None]:
+    """Say of an error about a connection that another process has failed."""
+    try:
+        yield
+    except RuntimeError as error:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not distributed or not _LOST.search(str(error)):
+            raise
+        raise RuntimeError(
+            f"Process {torch.distributed.get_rank()} can't go on: another process of this fit has "
+            f"failed or was ended. What went wrong stands in the output of that one ({error})."
+        ) from error
+
+
+@contextmanager
+def one_fit_at_a_time() -> Iterator[None]:
+    """Refuse a fit beside one in another thread: both would draw from the global generators.
+
+    Raises:
+        RuntimeError: If there is one.
+    """
+    if not _FITTING.acquire(blocking=False):
+        raise RuntimeError(
+            "Another thread of this program is in a fit, and both would draw from the same global "
+            "random generators. Wait for its end, or start the second fit in a process of its own."
+        )
+    try:
+        yield
+    finally:
+        _FITTING.release()

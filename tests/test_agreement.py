@@ -1,0 +1,138 @@
+"""What is said at the start of a fit, and where a fit can't be: threads, modes, other processes."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from pytorch_metric_learning import losses as pml
+from runs import LOSS, At, photos, plain_tower
+
+from pairclip import Finetuner, LabelledImages, newest_checkpoint
+from pairclip.finetuner.agreement import lost_processes_named
+
+
+def finetuner(**arguments: Any) -> Finetuner:
+    return Finetuner(plain_tower(), LOSS, **arguments)
+
+
+def test_a_fit_beside_another_thread_is_refused_and_one_after_it_is_not() -> None:
+    refused, ended = [], threading.Event()
+
+    def beside() -> None:
+        try:
+            finetuner().fit(photos(), batch_size=6, max_steps=1)
+        except RuntimeError as error:
+            refused.append(str(error))
+        ended.set()
+
+    def start() -> None:
+        threading.Thread(target=beside).start()
+        assert ended.wait(60)
+
+    finetuner(callbacks=[At(1, start)]).fit(photos(), batch_size=6, max_steps=2)
+    assert len(refused) == 1
+    assert refused[0].startswith("Another thread of this program is in a fit")
+    thread = threading.Thread(target=beside)
+    thread.start()
+    thread.join()
+    assert len(refused) == 1
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_fit_within_a_mode_without_gradients_trains(mode: Any) -> None:
+    expected = finetuner().fit(photos(), batch_size=6, max_steps=2)
+    tower = plain_tower()
+    with mode():
+        history = Finetuner(tower, LOSS).fit(photos(), batch_size=6, max_steps=2)
+        assert not torch.is_grad_enabled()
+    assert history == expected
+
+
+def test_a_callback_may_change_the_folder(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    leave = At(1, lambda: monkeypatch.chdir(tmp_path / "elsewhere"))
+    finetuner(callbacks=[leave]).fit(photos(), batch_size=6, max_steps=2, checkpoint_dir="saved")
+    assert newest_checkpoint(tmp_path / "saved").step == 2
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_connection_that_breaks_is_another_process_that_failed(monkeypatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 3)
+    message = r"^Process 3 can't go on: another process of this fit has failed.*closed by peer"
+    with pytest.raises(RuntimeError, match=message), lost_processes_named():
+        raise RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:13552")
+    with pytest.raises(RuntimeError, match=r"^something else$"), lost_processes_named():
+        raise RuntimeError("something else")
+
+
+# Looked at before the first step
+
+
+def files(folder: Path, count: int = 8) -> tuple[list[str], list[int]]:
+    folder.mkdir()
+    paths = [str(folder / f"{number}.png") for number in range(count)]
+    for path, picture in zip(paths, photos()[0], strict=False):
+        Image.fromarray(picture).save(path)
+    return paths, [number % 2 for number in range(count)]
+
+
+def fit(*data: Any, **arguments: Any) -> None:
+    tower = plain_tower()
+    Finetuner(tower, LOSS).fit(*data, batch_size=4, max_steps=1, **arguments)
+
+
+def test_missing_files_are_named_before_the_first_step(tmp_path: Path) -> None:
+    train, test = files(tmp_path / "train"), files(tmp_path / "test")
+    for check in (None, "paths", "decode"):
+        fit(train, eval_dataset=test, check=check)
+    Path(test[0][3]).unlink()
+    for check in (None, "paths", "decode"):
+        with pytest.raises(ValueError, match=r"`eval_dataset` has 1 of 8 images .*3\.png: "):
+            fit(train, eval_dataset=test, check=check)
+    Path(train[0][5]).write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"`dataset` has 1 of 8 images that can't be .*5\.png: "):
+        fit(train, check="decode")
+    Path(train[0][5]).unlink()
+    with pytest.raises(ValueError, match=r"`dataset` .*5\.png: there is no such file"):
+        fit(train, check="paths")
+
+
+def test_an_evaluation_that_can_find_nothing_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="`eval_dataset` has 3 images, each alone in its class"):
+        finetuner().fit(photos(), batch_size=6, eval_dataset=(photos()[0][:3], [0, 1, 2]))
+
+
+def test_what_to_check_is_one_of_two() -> None:
+    with pytest.raises(ValueError, match="`check` must be one of 'paths', 'decode', got 'all'"):
+        finetuner().fit(photos(), check="all")
+
+
+# Said
+
+
+def test_the_default_batch_is_no_larger_than_a_small_dataset_fills() -> None:
+    with pytest.warns(UserWarning, match="`batch_size` is 128 by default, more than .* its 24 im"):
+        history = finetuner().fit(photos(), max_steps=1)
+    assert len(history.steps) == 1
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda: pml.ArcFaceLoss(num_classes=2, embedding_size=8),
+        lambda: pml.ProxyAnchorLoss(num_classes=2, embedding_size=8),
+        lambda: pml.NormalizedSoftmaxLoss(num_classes=2, embedding_size=8),
+    ],
+)
+def test_class_ids_that_a_loss_has_no_proxy_for(loss: Any) -> None:
+    pictures, labels = photos()
+    data = (pictures[:16], [2 + label % 2 for label in labels[:16]])
+    with pytest.raises(ValueError, match=r"class ids of this batch, 2 to 3: .*relabel=True"):
+        Finetuner(plain_tower(), loss()).fit(data, batch_size=8, max_steps=1)
+    relabelled = LabelledImages(data, relabel=True)
+    assert len(Finetuner(plain_tower(), loss()).fit(relabelled, batch_size=8).steps) == 2
