@@ -34,7 +34,6 @@ class FaissIndex:
 
     Attributes:
         faiss: The index of FAISS itself, to set what its kind has to set.
-        fingerprint: That of the tower that embedded.
         class_names: Name of each class id, or None.
 
     Example:
