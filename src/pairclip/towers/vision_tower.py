@@ -129,7 +129,7 @@ class VisionTower(Stored):
             >>> pixels = torch.rand(2, 3, 16, 16)
             >>> trunk(pixels).shape
             torch.Size([2, 5, 32])
-            >>> torch.equal(head(trunk(pixels)), tower(pixels))
+            >>> torch.allclose(head(trunk(pixels)), tower(pixels), atol=1e-6)
             True
         """
         return split(self, k)
