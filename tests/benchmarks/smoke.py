@@ -21,6 +21,7 @@ LEFT_OUT = {"smoke", "alignment"}
 TINY = {
     "breaking": "--tiny",
     "finetuner": "--only tiny --rounds 1 --batch 8 --contenders pairclip bare",
+    "hostile_images": "--mutations 44 --keep {folder}/hostile",
     "index": "--rows 2000 --width 16 --queries 2 --folder {folder}",
     "losses": "--batches 32 --classes 4 --width 8 --memory-from 32 --only 'pairclip squared' "
     "'pairclip targets' 'PML hinge' 'plain linear' F.normalize",
