@@ -384,11 +384,14 @@ def main(arguments: list[str] | None = None) -> int:
                 ("damaged", damaged(kind, work / "damaged", count, bits)),
                 ("contended", contended(kind, work / "contended", seconds)),
             ):
-                total += counts
+                # The files of a tower are its own library's, which have no checksums.
+                if (kind.name, what) != ("tower", "damaged"):
+                    total += counts
                 said = ", ".join(f"{number} {name}" for name, number in counts.items() if number)
                 print(f"{kind.name:12} {what:10} {said}", flush=True)
     broken = {name: total[name] for name in BAD if total[name]}
-    print(f"broken: {broken or 'nothing'}, of {sum(total.values()):,} attempts")
+    attempts = f"{sum(total.values()):,} attempts, those of damaged towers not counted"
+    print(f"broken: {broken or 'nothing'}, of {attempts}")
     return 1 if broken else 0
 
 
