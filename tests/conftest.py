@@ -1,5 +1,10 @@
 """Small towers and images that several tests share."""
 
+import os
+
+# Each core has a test process of its own; and a fork of a process whose threads have worked hangs.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import torch

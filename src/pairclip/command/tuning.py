@@ -87,18 +87,20 @@ def tune(args: argparse.Namespace, split: Split, load: Any, note: str | None = N
     # All processes embed together.
     after = pairclip.evaluate(tower, split.test, also=also, **loading)
     similarity["after"] = pairclip.similarity_matrix(pairclip.embed_images(tower, pictures))
-    if not process.is_main_process:
-        return
-    metrics = {"before": before.to_dict(), "after": after.to_dict()}
-    outputs.write_json(args.output / "metrics.json", metrics)
-    say("\n" + after.to_markdown(before))
-    page = pairclip.write_report(
-        args.output, before, after, dataset=split.test, history=history, note=note
-    )
-    _draw(args.output, before, after, history, pictures, similarity, note, say)
-    say(f"\nThe tuned tower and the results are in {args.output}. Open {page} to see it all.")
-    if args.json:
-        print(json.dumps(metrics))
+    if process.is_main_process:
+        metrics = {"before": before.to_dict(), "after": after.to_dict()}
+        outputs.write_json(args.output / "metrics.json", metrics)
+        say("\n" + after.to_markdown(before))
+        page = pairclip.write_report(
+            args.output, before, after, dataset=split.test, history=history, note=note
+        )
+        _draw(args.output, before, after, history, pictures, similarity, note, say)
+        say(f"\nThe tuned tower and the results are in {args.output}. Open {page} to see it all.")
+        if args.json:
+            print(json.dumps(metrics))
+    # A process that ends while another still works takes that one with it.
+    process.wait_for_everyone()
+    process.end_training()
 
 
 def _compare(
