@@ -60,25 +60,29 @@ class OpenClipTower(VisionTower):
         return embeddings
 
     def _check_savable(self) -> None:
+        self._folder_of_origin()
+
+    def _folder_of_origin(self) -> Path:
         if self.origin is None:
             raise NotImplementedError(
                 "An open_clip model doesn't know its own configuration, so it can't be saved as a "
                 "folder. Load it from a folder with open_clip_config.json, or save the weights "
                 "alone with `safetensors.torch.save_model(tower.model, path)`."
             )
+        return self.origin
 
     def _write(self, folder: Path) -> None:
         """The folder that it came from with other image weights: texts and tokenizer stay."""
-        assert self.origin is not None
-        config = json.loads((self.origin / CONFIG).read_text("utf-8"))
+        origin = self._folder_of_origin()
+        config = json.loads((origin / CONFIG).read_text("utf-8"))
         config["model_cfg"]["vision_cfg"]["image_size"] = self.image_size
-        with safe_open(weights_file(self.origin), "pt") as file:
+        with safe_open(weights_file(origin), "pt") as file:
             weights = {
                 name: file.get_tensor(name)
                 for name in file.keys()  # noqa: SIM118
                 if not name.startswith(_IMAGE)
             }
-        for path in self.origin.iterdir():
+        for path in origin.iterdir():
             if path.is_file() and path.suffix in (".json", ".txt", ".model", ".gz"):
                 shutil.copy2(path, folder)
         (folder / CONFIG).write_text(json.dumps(config, indent=2), "utf-8")
