@@ -794,7 +794,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
         (writing, "write_tensors", 1, FULL),
         (Path, "write_text", 0, FULL),
         (Path, "write_text", 1, FULL),
-        (os, "mkdir", 0, FULL),
+        (Path, "mkdir", 0, FULL),
         (os, "rename", 0, OSError(errno.EDQUOT, "Disk quota exceeded")),
     ],
 )
