@@ -17,6 +17,7 @@ from pytorch_metric_learning.utils.inference import CustomKNN
 from sklearn.metrics import average_precision_score
 from sklearn.neighbors import KNeighborsClassifier
 
+from pairclip import _checks
 from pairclip.retrieval import (
     METRICS,
     QUERY_METRICS,
@@ -488,3 +489,8 @@ def test_an_error_in_a_block_comes_through_and_threads_are_given_back(two_thread
     with pytest.raises(MemoryError, match="at 0"):
         list(blocks.over_blocks(search, search.rows(), fail))
     assert torch.get_num_threads() == 2
+
+
+def test_labels_that_are_every_second_of_others_are_laid_out_anew() -> None:
+    # torch warns, once in a process, where it searches in a tensor that is not contiguous.
+    assert _checks.as_labels("labels", torch.arange(6)[::2]).is_contiguous()

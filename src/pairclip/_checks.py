@@ -110,7 +110,7 @@ def as_labels(name: str, value: Any, *, length: int | None = None) -> Tensor:
         raise ValueError(
             f"`{name}` must have one label per row, got {len(value)} labels for {length} rows."
         )
-    labels: Tensor = value.to(torch.int64)
+    labels: Tensor = value.to(torch.int64).contiguous()
     return labels
 
 
