@@ -1,8 +1,11 @@
 """Sphinx configuration."""
 
 import html
+import importlib
+import inspect
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,13 @@ from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.errors import ExtensionError
+from sphinx.ext import intersphinx
 
 import pairclip
+
+HERE = Path(__file__).parent
+# The gallery and the notebook take their drawings from there.
+sys.path.insert(0, str(HERE.parent / "examples" / "offline"))
 
 project = "pairclip"
 author = "The pairclip authors"
@@ -21,26 +29,83 @@ copyright = "2026, The pairclip authors"
 version = release = pairclip.__version__
 
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.doctest",
+    "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
+    "sphinx_design",
+    "sphinx_gallery.gen_gallery",
 ]
-exclude_patterns = ["_build", "figures/*.py"]
+exclude_patterns = ["_build", "figures/*.py", "gallery", "examples/*.ipynb", "examples/*.py"]
 html_theme = "furo"
 html_title = "pairclip"
-nitpicky = False
+html_static_path = ["static"]
+html_css_files = ["pairclip.css"]
+# Every reference must resolve, those to other projects too.
+nitpicky = True
+# Types that annotations name and nobody imports: the text beside them says what they are.
+nitpick_ignore = {
+    ("py:class", name)
+    for name in (
+        "Negatives",
+        "OptimizerFactory",
+        "Precision",
+        "Reduction",
+        "Schedule",
+        "pairclip.finetuner.batches.BatchSampler",
+        "pairclip.index.faiss.Searchable",
+        "pairclip.recipes.imprinting._Loss",
+        "pairclip.similarity.ClassTotals",
+    )
+}
 # Formulas are MathML, made here: a script from elsewhere would show none where there is no network.
 html_math_renderer = "mathml"
 copybutton_exclude = ".linenos, .gp, .go"
-# `load_tower` in a docstring becomes a link where it names something, and code elsewhere.
+# `load_tower` in a docstring becomes a link where it names something.
 default_role = "py:obj"
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
+
+def elsewhere(url: str, name: str) -> tuple[str, tuple[str | None, ...]]:
+    """Another project: its own inventory, or ours where there is no network."""
+    return url, (None, str(HERE / "inventories" / f"{name}.txt"))
+
+
+intersphinx_timeout = 5
+intersphinx_mapping = {
+    "python": elsewhere("https://docs.python.org/3/", "python"),
+    "numpy": elsewhere("https://numpy.org/doc/stable/", "numpy"),
+    "torch": elsewhere("https://docs.pytorch.org/docs/stable/", "torch"),
+    "torchvision": elsewhere("https://docs.pytorch.org/vision/stable/", "torchvision"),
+    "matplotlib": elsewhere("https://matplotlib.org/stable/", "matplotlib"),
+    "pillow": elsewhere("https://pillow.readthedocs.io/en/stable/", "pillow"),
+    # Hugging Face has no inventory to download.
+    "huggingface": (
+        "https://huggingface.co/docs/",
+        str(HERE / "inventories" / "huggingface.txt"),
+    ),
+}
+
+sphinx_gallery_conf = {
+    "examples_dirs": "gallery",
+    "gallery_dirs": "examples",
+    "filename_pattern": "/plot_",
+    "download_all_examples": False,
+    "show_memory": False,
+    "write_computation_times": False,  # a page that loads scripts from elsewhere
+    "remove_config_comments": True,
+    "plot_gallery": "True",  # in the HTML alone: see only_in_html
+}
+nb_execution_mode = "force"
+nb_execution_timeout = 120
+nb_execution_raise_on_error = True
+
+autodoc_default_options = {"members": True}
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
@@ -54,17 +119,63 @@ torch.manual_seed(0)
 """
 
 
-def resolve_public_name(
+# What annotations and docstrings call a thing -> what its documentation calls it.
+ALIASES = {
+    "Accelerator": "accelerate.Accelerator",
+    "accelerate.accelerator.Accelerator": "accelerate.Accelerator",
+    "ConcatDataset": "torch.utils.data.ConcatDataset",
+    "DataLoader": "torch.utils.data.DataLoader",
+    "Figure": "matplotlib.figure.Figure",
+    "GeneralTracker": "accelerate.tracking.GeneralTracker",
+    "ImageFolder": "torchvision.datasets.ImageFolder",
+    "ModelCard": "huggingface_hub.ModelCard",
+    "Subset": "torch.utils.data.Subset",
+    "Tensor": "torch.Tensor",
+    "nn.Module": "torch.nn.Module",
+    "npt.NDArray": "numpy.typing.NDArray",
+    "torch.nn.modules.module.Module": "torch.nn.Module",
+}
+
+
+def parameters() -> Iterator[str]:
+    """Names of the parameters of all that is public: in a docstring they are no links."""
+    for room in ("", *(f".{room}" for room in pairclip._EXPORTS)):
+        face = importlib.import_module(f"pairclip{room}")
+        for thing in (getattr(face, name) for name in getattr(face, "__all__", ())):
+            for each in (thing, *(vars(thing).values() if inspect.isclass(thing) else ())):
+                if callable(each):
+                    yield from inspect.signature(each).parameters
+
+
+def resolve(
     app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode: nodes.Element
 ) -> nodes.Element | None:
-    """Link a public name, as users import it, to where its module's page documents it."""
-    name, _, attribute = node.get("reftarget", "").removeprefix("pairclip.").partition(".")
-    if node.get("refdomain") != "py" or name not in pairclip._MODULE_OF:
+    """Find a public name as users import it, wherever it is defined, and names from elsewhere."""
+    if node.get("refdomain") != "py":
         return None
-    target = f"pairclip.{pairclip._MODULE_OF[name]}.{name}" + (attribute and f".{attribute}")
-    return env.domains["py"].resolve_xref(
-        env, node["refdoc"], app.builder, "obj", target, node, contnode
-    )
+    python = env.domains["py"]
+    target = ALIASES.get(node["reftarget"], node["reftarget"])
+    # pairclip.towers.vision_tower.VisionTower.freeze is documented as pairclip.VisionTower.freeze.
+    parts = target.removeprefix("pairclip.").split(".")
+    for name in (f"pairclip.{'.'.join(parts[i:])}" for i in range(len(parts))):
+        if name in python.objects:
+            return python.resolve_xref(
+                env, node["refdoc"], app.builder, "obj", name, node, contnode
+            )
+        if not target.startswith("pairclip."):
+            break
+    node["reftarget"], node["reftype"] = target, "obj"
+    there = intersphinx.missing_reference(app, env, node, contnode)
+    if there is None and target in app.config.pairclip_parameters:
+        return contnode
+    return there
+
+
+def only_in_html(app: Sphinx) -> None:
+    """Other builders, as the doctests, have no use for pictures that take a minute to make."""
+    if app.builder.name != "html":
+        app.config.plot_gallery = False
+        app.config.nb_execution_mode = "off"
 
 
 def without_heading(titles: Mapping[str, str], folder: Path) -> list[str]:
@@ -78,12 +189,32 @@ def without_heading(titles: Mapping[str, str], folder: Path) -> list[str]:
     return lost
 
 
-def check_headings(app: Sphinx, error: Exception | None) -> None:
+def check_pages(app: Sphinx, error: Exception | None) -> None:
     if error is not None or app.builder.name != "html":
         return
     titles = {name: title.astext() for name, title in app.env.titles.items()}
     if lost := without_heading(titles, Path(app.outdir)):
         raise ExtensionError(f"Something else was written over {lost}: rename these pages.")
+    if broken := broken_links(Path(app.outdir)):
+        raise ExtensionError(f"Links that lead nowhere: {broken}")
+
+
+def broken_links(folder: Path) -> list[str]:
+    """Links to pages that are not there, or to places that are not in a page."""
+    pages = {page: page.read_text("utf-8") for page in sorted(folder.rglob("*.html"))}
+    places = {page.resolve(): set(re.findall(r' id="([^"]+)"', t)) for page, t in pages.items()}
+    broken = set()
+    for page, text in pages.items():
+        if "_modules" in page.parts:
+            continue
+        for link in re.findall(r'<a [^>]*href="([^"]+)"', text):
+            if re.match(r"\w+:", link):
+                continue
+            path, _, place = html.unescape(link).partition("#")
+            target = (page.parent / path).resolve() if path else page.resolve()
+            if not target.exists() or (place and place not in places.get(target, {place})):
+                broken.add(f"{page.relative_to(folder).as_posix()}: {link}")
+    return sorted(broken)
 
 
 def visit_math(self: Any, node: nodes.math) -> None:
@@ -98,6 +229,8 @@ def visit_math_block(self: Any, node: nodes.math_block) -> None:
 
 
 def setup(app: Sphinx) -> None:
+    app.add_config_value("pairclip_parameters", frozenset(parameters()), "env")
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math_block, None))
-    app.connect("missing-reference", resolve_public_name)
-    app.connect("build-finished", check_headings)
+    app.connect("builder-inited", only_in_html, priority=1)
+    app.connect("missing-reference", resolve)
+    app.connect("build-finished", check_pages)

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+TOWER = Path(__file__).parent / "tower"  # the small tower that goes with them
 SIDE = 96
 _SCALE = 3  # drawn larger and made smaller, which smooths the edges
 Color = tuple[int, int, int]

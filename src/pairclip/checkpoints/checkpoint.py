@@ -76,7 +76,7 @@ class Checkpoint:
         return _read_tensors(self.folder / WEIGHTS)
 
     def state(self) -> dict[str, Any]:
-        """Everything but the weights, as `write_checkpoint` was given it."""
+        """Everything but the weights, as ``write_checkpoint`` was given it."""
         tensors = _read_tensors(self.folder / TENSORS)
         content: dict[str, Any] = unpack(_files.read_json(self.folder / STATE), tensors)
         return content

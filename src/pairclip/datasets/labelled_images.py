@@ -239,8 +239,8 @@ def check_images(dataset: Any, *, num_workers: int = 0) -> list[Problem]:
         num_workers: Processes that read; 0 does it in this one.
 
     Returns:
-        A `Problem` for each image that can't be read: its place in ``LabelledImages(dataset)``, its
-        path where the dataset tells, and the reason.
+        A `~pairclip.datasets.Problem` for each image that can't be read: its place in
+        ``LabelledImages(dataset)``, its path where the dataset tells, and the reason.
 
     Raises:
         TypeError: If the dataset is of cached features.

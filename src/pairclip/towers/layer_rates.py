@@ -25,7 +25,7 @@ def layer_decay(
         rate: Learning rate of what comes after the last block.
         decay: Factor from one layer to the one before, in ``(0, 1]``; BEiT takes 0.65 to 0.85.
         weight_decay: Decay of weight matrices; biases, norms and other vectors get none, nor
-            does what the model names in its `no_weight_decay()`, as those of timm do.
+            does what the model names in its ``no_weight_decay()``, as those of timm do.
 
     Returns:
         Groups for any optimizer, last layers first, with ``params``, ``lr``, ``weight_decay`` and

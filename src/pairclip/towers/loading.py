@@ -48,7 +48,7 @@ def load_tower(
     Args:
         source: Hugging Face id or local folder of a model of `transformers` that embeds images
             (CLIP, SigLIP, MetaCLIP 2, DINOv2, ViT and the like, with texts or without), of
-            open_clip or of timm; or such a model object, or a `SentenceTransformer` of images; or
+            open_clip or of timm; or such a model object, or a ``SentenceTransformer`` of images; or
             any `torch.nn.Module` from pixel values ``[B, 3, H, W]`` to embeddings ``[B, D]`` that
             has a ``preprocess`` or is given an `image_processor`.
         image_processor: What turns an image into pixel values; None is what the source's library

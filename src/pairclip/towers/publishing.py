@@ -134,7 +134,7 @@ def whole_model(tower: VisionTower, source: str | os.PathLike[str] | nn.Module) 
         source: Folder of the whole model, or the model itself, which is changed in place.
 
     Returns:
-        The whole model, ready for `save_pretrained`. How texts and images agree after tuning is
+        The whole model, ready for ``save_pretrained``. How texts and images agree after tuning is
         for you to measure: they drift apart.
 
     Raises:
