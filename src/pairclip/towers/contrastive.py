@@ -14,6 +14,7 @@ class ContrastiveTower(TransformersTower):
     """A tower that is loaded without the texts, and saved as a model of images alone."""
 
     whole_class: ClassVar[Any]
+    parts = ("vision_model.", "visual_projection.")
     deciding = ("hidden_act", "layer_norm_eps", "num_attention_heads", "patch_size", "image_size")
 
     @classmethod

@@ -10,32 +10,42 @@ from typing import Any
 
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
-    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
+from pairclip._files import read_json
+from pairclip.towers.ranges import PART, WHOLE, fetch_part
+
+CONFIG, OPEN_CLIP_CONFIG = "config.json", "open_clip_config.json"
+OPEN_CLIP_WEIGHTS, INDEX = "open_clip_model.safetensors", "model.safetensors.index.json"
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _HUB_ID = re.compile(r"(hf-hub:)?(\w[\w.-]*/)?\w[\w.-]*")
-_CONFIGS = ("config.json", "open_clip_config.json")
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
-_OF_OPEN_CLIP = ("open_clip_model.safetensors", "*token*", "vocab*", "merges*", "special*")
-_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+_WEIGHTS = {
+    CONFIG: (WHOLE, INDEX, "model-*-of-*.safetensors"),
+    OPEN_CLIP_CONFIG: (OPEN_CLIP_WEIGHTS, "*token*", "vocab*", "merges*", "special*"),
+}
 _CONVERTED = "adding `safetensors` variant"  # what the conversion bot calls its pull requests
+# What requests, or httpx in later versions of huggingface_hub, raises where a connection breaks.
+_FAILURES: Any = (OSError, *HfHubHTTPError.__bases__)
 
 
 def folder_of(
-    source: str | os.PathLike[str], *, revision: str | None, check: Callable[[Path], None]
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None,
+    check: Callable[[Path], tuple[str, ...]],
 ) -> Path:
     """Folder with a model's files, downloaded where `source` is an id.
 
     Args:
         source: A folder, or an id of the hub.
         revision: Branch, tag or commit of the id.
-        check: Given a folder with the configuration alone; raises before a byte of weights is
-            fetched where the model is none that can be loaded.
+        check: Given the file of the configuration, raises where the model can't be loaded, before
+            a byte of weights is fetched. It returns what the names of those weights begin with
+            that are needed, or nothing if all are.
     """
     path = Path(source)
     if path.is_dir():
@@ -50,58 +60,73 @@ def folder_of(
         )
     name = source.removeprefix("hf-hub:")
     try:
-        config = _config(name, revision, prefer_open_clip=source != name)
-        check(config)
-        return _with_weights(name, revision, config)
-    except OSError as error:
-        if isinstance(error, FileNotFoundError) and not isinstance(error, _OF_HUB):
-            raise
+        folder = _described(name, revision)
+        order = list(_WEIGHTS if source == name else reversed(_WEIGHTS))
+        kind = next((file for file in order if (folder / file).is_file()), None)
+        prefixes = () if kind is None else check(folder / kind)
+        weights = None if kind is None else _with_weights(name, revision, folder, kind, prefixes)
+    except _FAILURES as error:
         raise OSError(f"`source` '{source}' {_reason(error)}") from error
-
-
-_OF_HUB = (HfHubHTTPError, EntryNotFoundError, LocalEntryNotFoundError)
-
-
-def _config(name: str, revision: str | None, *, prefer_open_clip: bool) -> Path:
-    """The configuration alone, in a folder."""
-    # In one request; without a network it fails at once and finds what is cached.
-    folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*_CONFIGS]))
-    for file in _CONFIGS[::-1] if prefer_open_clip else _CONFIGS:
-        if (folder / file).is_file():
-            return folder / file
-    raise FileNotFoundError(
-        f"'{name}' has neither {' nor '.join(_CONFIGS)} on the hub, so it is no model of "
-        "transformers, open_clip or timm."
-    )
-
-
-def _with_weights(name: str, revision: str | None, config: Path) -> Path:
-    own = (
-        (config.name, *_OF_OPEN_CLIP) if config.name == _CONFIGS[1] else ("config.json", *_WEIGHTS)
-    )
-    wanted = [*own, *_PROCESSORS]
-    folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
-    if _has_weights(folder) or revision is not None:
-        return folder
-    converted = _cached_conversion(name) or _conversion(name)
-    if converted is None:
+    if kind is None:
         raise FileNotFoundError(
-            f"'{name}' has no safetensors on the hub, neither on its main branch nor in a pull "
-            "request of the conversion bot. Its pickled weights can run code and are never loaded. "
-            "If you trust them, load the model in its library, write safetensors with "
-            "`save_pretrained(folder)`, and give that folder."
+            f"`source` '{source}' has neither {' nor '.join(_WEIGHTS)} on the hub, so it is no "
+            "model of transformers, open_clip or timm."
         )
-    if isinstance(converted, Path):
-        weights = converted
-    else:
-        weights = Path(snapshot_download(name, revision=converted, allow_patterns=wanted))
-    if not all((weights / file).exists() for file in (config.name,)):
-        raise FileNotFoundError(f"'{name}' has no {config.name} beside its safetensors.")
+    if weights is None:
+        raise FileNotFoundError(
+            f"`source` '{source}' has no safetensors on the hub, {_where(revision)}. Its pickled "
+            "weights can run code and are never loaded. If you trust them, load the model in its "
+            "library, write safetensors with `save_pretrained(folder)`, and give that folder."
+        )
     return weights
 
 
-def _has_weights(folder: Path) -> bool:
-    return any(folder.glob("*.safetensors"))
+def has_weights(folder: Path, kind: str = CONFIG) -> bool:
+    """Whether all weights are in a folder, in safetensors."""
+    if kind == OPEN_CLIP_CONFIG:
+        return (folder / OPEN_CLIP_WEIGHTS).is_file()
+    if any((folder / file).is_file() for file in (WHOLE, PART)):
+        return True
+    if not (folder / INDEX).is_file():
+        return False
+    # `transformers` would unpickle shards that are not safetensors.
+    shards = {*read_json(folder / INDEX).get("weight_map", {}).values()}
+    return all(name.endswith(".safetensors") and (folder / name).is_file() for name in shards)
+
+
+def _described(name: str, revision: str | None) -> Path:
+    """Snapshot with configuration and preprocessing, in one request where they are cached.
+
+    Without a network it is what is cached, or fails at once.
+    """
+    files = [*_WEIGHTS, *PROCESSORS]
+    return Path(snapshot_download(name, revision=revision, allow_patterns=files))
+
+
+def _with_weights(
+    name: str, revision: str | None, folder: Path, kind: str, prefixes: tuple[str, ...]
+) -> Path | None:
+    if has_weights(folder, kind):
+        return folder
+    may_convert = kind == CONFIG and revision is None
+    converted = _cached_conversion(name) if may_convert else None
+    try:
+        # Unlike other ways to list files, it doesn't wait for a network that isn't there.
+        info = HfApi().model_info(name, revision=folder.name, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        files = {file.rfilename for file in info.siblings or ()}
+    except _FAILURES:
+        if converted is None:
+            raise
+        return converted
+    if files.isdisjoint(_WEIGHTS[kind]):
+        ref = _conversion(name) if may_convert and converted is None else None
+        if ref is None:
+            return converted
+        folder, files = _described(name, ref), {WHOLE}
+    if prefixes and WHOLE in files and fetch_part(name, folder, prefixes):
+        return folder
+    files = {kind, *PROCESSORS, *_WEIGHTS[kind]}
+    return Path(snapshot_download(name, revision=folder.name, allow_patterns=[*files]))
 
 
 def _cached_conversion(name: str) -> Path | None:
@@ -109,7 +134,7 @@ def _cached_conversion(name: str) -> Path | None:
     repository = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
     for ref in sorted((repository / "refs" / "refs" / "pr").glob("*")):
         folder = repository / "snapshots" / ref.read_text().strip()
-        if folder.is_dir() and _has_weights(folder):
+        if (folder / CONFIG).is_file() and has_weights(folder):
             return folder
     return None
 
@@ -122,24 +147,39 @@ def _conversion(name: str) -> str | None:
     return None
 
 
+def _where(revision: str | None) -> str:
+    if revision is not None:
+        return f"at the revision {revision!r}"
+    return "neither on its main branch nor in a pull request of the conversion bot"
+
+
 def _reason(error: Any) -> str:
     """What went wrong, and what to do."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, GatedRepoError):
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    statuses = [getattr(getattr(each, "response", None), "status_code", 0) for each in chain]
+    status = max(statuses)
+    if any(isinstance(each, GatedRepoError) for each in chain):
         return (
             "is gated on the Hugging Face Hub: accept its conditions on its page there, then log "
             "in with `hf auth login`."
         )
-    if isinstance(error, RepositoryNotFoundError):
+    if any(isinstance(each, RepositoryNotFoundError) for each in chain):
         return (
             "is no folder here, and the Hugging Face Hub has no such id, or it is private. Check "
             "the spelling, or log in with `hf auth login`."
         )
-    if isinstance(error, RevisionNotFoundError):
+    if any(isinstance(each, RevisionNotFoundError) for each in chain):
         return "has no such `revision` on the Hugging Face Hub."
+    if status in (401, 403):
+        return (
+            f"is not open to you on the Hugging Face Hub ({status}). Log in with `hf auth login`, "
+            "by a token that may read it."
+        )
     if status == 429:
         return "was refused by the Hugging Face Hub: too many requests (429). Try again later."
-    if status is not None and status >= 500:
+    if status >= 500:
         return f"could not be loaded: the Hugging Face Hub answers {status}. Try again later."
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     return (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,17 @@ from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, PreTrain
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pairclip._files import read_json
-from pairclip.towers import hub, open_clip_tower, sentence_transformers, timm_tower
+from pairclip.towers import (
+    hub,
+    open_clip_tower,
+    ranges,
+    resizing,
+    sentence_transformers,
+    timm_tower,
+)
 from pairclip.towers.clip import CLIPTower
 from pairclip.towers.open_clip_tower import OpenClipTower
+from pairclip.towers.optional import needs
 from pairclip.towers.plain import PlainTower
 from pairclip.towers.siglip import SiglipTower
 from pairclip.towers.timm_tower import TimmTower
@@ -26,9 +35,6 @@ from pairclip.towers.vision_tower import VisionTower
 
 # Of the models of transformers, those that say more than their class does.
 _FAMILIES: tuple[type[TransformersTower], ...] = (CLIPTower, SiglipTower)
-_CONFIG = "config.json"
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
 def load_tower(
@@ -96,7 +102,8 @@ def load_tower(
     processor = getattr(image_processor, "image_processor", image_processor)
     tower: VisionTower
     if isinstance(source, (str, os.PathLike)):
-        folder = hub.folder_of(source, revision=revision, check=_check_config)
+        check = partial(_check_config, image_size=image_size)
+        folder = hub.folder_of(source, revision=revision, check=check)
         folder = sentence_transformers.folder_of_model(folder)
         kind, model, processor = _read(folder, processor)
         tower = kind.from_model(model, processor, image_size=image_size)
@@ -130,11 +137,19 @@ def _family(model_type: str) -> type[TransformersTower]:
     return own[0] if own else TransformersTower
 
 
-def _check_config(path: Path) -> None:
-    """Refuse a model that is no image tower by its configuration alone."""
+def _check_config(path: Path, image_size: int | None = None) -> tuple[str, ...]:
+    """Refuse a model that is no image tower, or can't take the size, by its configuration alone.
+
+    Returns:
+        What the names of the weights begin with that are loaded; nothing if all are.
+    """
     config = read_json(path)
-    if path.name != _CONFIG or "architecture" in config:
-        return
+    if path.name == hub.OPEN_CLIP_CONFIG:
+        needs("open_clip", "open-clip")
+        return ()
+    if "architecture" in config:
+        needs("timm", "timm")
+        return ()
     model_type = config.get("model_type")
     own = _model_class(config)
     takes_images = own is not None and (
@@ -142,6 +157,10 @@ def _check_config(path: Path) -> None:
     )
     if not takes_images or str(model_type).startswith("siglip2"):
         raise ValueError(unsupported(f"'{path.parent}'", model_type))
+    patch_size = config.get("vision_config", config).get("patch_size")
+    if image_size is not None and isinstance(patch_size, int):
+        resizing.check_image_size(image_size, patch_size)
+    return _family(str(model_type)).parts if "vision_config" in config else ()
 
 
 def _model_class(config: dict[str, Any]) -> Any:
@@ -176,10 +195,10 @@ def _state_of(folder: Path) -> list[tuple[str, int, int]]:
 
 def _read_once(folder: Path, processor: Any) -> tuple[Any, Any, Any]:
     """Kind of tower, model, and the image processor that was given or else saved, or None."""
-    config = folder / _CONFIG
+    config = folder / hub.CONFIG
     content = read_json(config) if config.is_file() else {}
     if "model_type" not in content:
-        if (folder / open_clip_tower.CONFIG).is_file():
+        if (folder / hub.OPEN_CLIP_CONFIG).is_file():
             return OpenClipTower, open_clip_tower.read(folder), processor
         if "architecture" in content:
             return TimmTower, timm_tower.read(folder), processor
@@ -198,19 +217,21 @@ def _read_once(folder: Path, processor: Any) -> tuple[Any, Any, Any]:
 
 
 def _read_model(folder: Path, family: type[TransformersTower]) -> Any:
-    content = read_json(folder / _CONFIG)
+    content = read_json(folder / hub.CONFIG)
     if content["model_type"] in CONFIG_MAPPING:
         config = AutoConfig.from_pretrained(folder)
     else:  # a part of a model, which some versions name only by its class
         config = _model_class(content).config_class.from_pretrained(folder)
-    if not _has_safetensors(folder):
+    if not hub.has_weights(folder):
         raise FileNotFoundError(_without_weights(folder))
+    variant = ranges.VARIANT if (folder / ranges.PART).is_file() else None
     try:
         model, report = family.vision_class(config).from_pretrained(
             folder,
             config=family.vision_config(config),
             dtype=torch.float32,
             use_safetensors=True,
+            variant=None if (folder / ranges.WHOLE).is_file() else variant,
             output_loading_info=True,
         )
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -225,21 +246,15 @@ def _read_model(folder: Path, family: type[TransformersTower]) -> Any:
     return model.eval()
 
 
-def _has_safetensors(folder: Path) -> bool:
-    if (folder / _WEIGHTS).is_file() or not (folder / _INDEX).is_file():
-        return (folder / _WEIGHTS).is_file()
-    # `transformers` would unpickle shards that are not safetensors.
-    shards = read_json(folder / _INDEX).get("weight_map", {}).values()
-    return all(shard.endswith(".safetensors") for shard in shards)
-
-
 def _has_image_processor(folder: Path) -> bool:
-    own, nested = (folder / name for name in _PROCESSORS)
+    own, nested = (folder / name for name in hub.PROCESSORS)
     return own.is_file() or (nested.is_file() and "image_processor" in read_json(nested))
 
 
 def _without_weights(folder: Path) -> str:
-    message = f"Folder '{folder}' has no weights: {_WEIGHTS} is missing."
+    message = f"Folder '{folder}' has no weights: {ranges.WHOLE} is missing."
+    if (folder / hub.INDEX).is_file():
+        message = f"Folder '{folder}' lacks weights that its {hub.INDEX} names."
     if any(folder.glob("*.bin")):
         message += (
             " It has pickled weights (.bin), which can run code and are never loaded. If you trust "

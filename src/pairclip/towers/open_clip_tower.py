@@ -12,13 +12,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pairclip.towers.hub import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS
 from pairclip.towers.measuring import measure
 from pairclip.towers.optional import needs
 from pairclip.towers.preprocess import Preprocess
 from pairclip.towers.resizing import check_image_size, resampled
 from pairclip.towers.vision_tower import VisionTower
 
-CONFIG, _WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 _IMAGE = "visual."  # what weights of the image tower begin with in those of a whole model
 
 
@@ -74,7 +74,7 @@ class OpenClipTower(VisionTower):
     def _write(self, folder: Path) -> None:
         """The folder that it came from with other image weights: texts and tokenizer stay."""
         origin = self._folder_of_origin()
-        config = json.loads((origin / CONFIG).read_text("utf-8"))
+        config = json.loads((origin / OPEN_CLIP_CONFIG).read_text("utf-8"))
         config["model_cfg"]["vision_cfg"]["image_size"] = self.image_size
         with safe_open(weights_file(origin), "pt") as file:
             weights = {
@@ -85,11 +85,11 @@ class OpenClipTower(VisionTower):
         for path in origin.iterdir():
             if path.is_file() and path.suffix in (".json", ".txt", ".model", ".gz"):
                 shutil.copy2(path, folder)
-        (folder / CONFIG).write_text(json.dumps(config, indent=2), "utf-8")
+        (folder / OPEN_CLIP_CONFIG).write_text(json.dumps(config, indent=2), "utf-8")
         weights |= {_IMAGE + name: value for name, value in self._merged_weights().items()}
         save_file(
             {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()},
-            folder / _WEIGHTS,
+            folder / OPEN_CLIP_WEIGHTS,
             metadata={"format": "pt"},
         )
 
@@ -100,7 +100,7 @@ def read(folder: Path) -> Any:
     from open_clip.model import _build_vision_tower
     from open_clip.transform import merge_preprocess_dict
 
-    config = json.loads((folder / CONFIG).read_text("utf-8"))
+    config = json.loads((folder / OPEN_CLIP_CONFIG).read_text("utf-8"))
     model_cfg = config["model_cfg"]
     vision = {**model_cfg["vision_cfg"], "timm_model_pretrained": False}
     visual: Any = _build_vision_tower(
@@ -115,7 +115,7 @@ def read(folder: Path) -> Any:
     try:
         visual.load_state_dict(found)
     except RuntimeError as error:
-        raise ValueError(f"'{weights}' does not fit its {CONFIG}: {error}") from error
+        raise ValueError(f"'{weights}' does not fit its {OPEN_CLIP_CONFIG}: {error}") from error
     own = merge_preprocess_dict(_default_preprocess(), config.get("preprocess_cfg", {}))
     visual.preprocess_cfg = {**own, "size": visual.image_size}
     return visual.eval()
@@ -130,8 +130,8 @@ def weights_file(folder: Path) -> Path:
     named = sorted(folder.glob("open_clip*.safetensors")) or sorted(folder.glob("*.safetensors"))
     if not named:
         raise FileNotFoundError(
-            f"Folder '{folder}' has no weights: {_WEIGHTS} is missing. Pickled weights can run "
-            "code and are never loaded."
+            f"Folder '{folder}' has no weights: {OPEN_CLIP_WEIGHTS} is missing. Pickled weights "
+            "can run code and are never loaded."
         )
     return named[0]
 

@@ -37,6 +37,7 @@ class TransformersTower(VisionTower):
     model_types: ClassVar[tuple[str, ...]] = ()
     # Settings that decide what the same weights give; all of them where none are named.
     deciding: ClassVar[tuple[str, ...]] = ()
+    parts: ClassVar[tuple[str, ...]] = ()  # of a whole model those that are loaded, if not all
     whole: tuple[Any, ...] = ()  # the model that it is a part of; in a tuple, to own nothing
 
     @property
