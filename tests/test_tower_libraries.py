@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from torch.testing import assert_close
+from torchvision import transforms
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -22,7 +24,16 @@ from transformers import (
     ViTModel,
 )
 
-from pairclip import AllPairsCosineLoss, Finetuner, load_tower
+from pairclip import (
+    AllPairsCosineLoss,
+    Callback,
+    Finetuner,
+    ImageIndex,
+    VisionTower,
+    evaluate,
+    load_tower,
+    write_report,
+)
 from pairclip.checkpoints import trained_tensors
 from pairclip.towers import layer_decay, model_card, random_tower, whole_model
 from pairclip.towers.preprocess import at_size
@@ -152,8 +163,27 @@ def test_a_folder_of_open_clip_in_and_out(tmp_path: Path) -> None:
     with torch.no_grad():
         assert_close(again.encode_text(texts), whole.encode_text(texts))
     assert load_tower(folder, image_size=48)(pixels(48)).shape == (4, 16)
-    with pytest.raises(NotImplementedError, match="doesn't know its own configuration"):
+    with pytest.raises(NotImplementedError, match="loads no image tower without its texts"):
         load_tower(whole.visual).save_pretrained(tmp_path / "other")
+
+
+def test_a_model_of_open_clip_is_saved_with_the_configuration_that_fits_it(tmp_path: Path) -> None:
+    open_clip = pytest.importorskip("open_clip")
+    config = json.loads((open_clip_folder(tmp_path / "tiny") / "open_clip_config.json").read_text())
+    whole = shaken(open_clip.CLIP(**config["model_cfg"], quick_gelu=True))
+    transform = open_clip.image_transform(48, is_train=False)
+    tower = load_tower(whole, image_processor=transform, image_size=48)
+    with pytest.raises(NotImplementedError, match=r"Register its own by `open_clip\.add_model_con"):
+        tower.save_pretrained(tmp_path / "saved")
+    for name, more in (("a tiny one", {}), ("a tiny quick one", {"quick_gelu": True})):
+        (tmp_path / f"{name}.json").write_text(json.dumps({**config["model_cfg"], **more}))
+        open_clip.add_model_config(tmp_path / f"{name}.json")
+    tower.save_pretrained(tmp_path / "saved")
+    again = open_clip.create_model(f"local-dir:{tmp_path / 'saved'}").eval()
+    texts = torch.zeros(1, 8, dtype=torch.long)
+    with torch.no_grad():
+        assert_close(again.encode_image(pixels(48)), tower(pixels(48)), rtol=0, atol=1e-6)
+        assert_close(again.encode_text(texts), whole.encode_text(texts))
 
 
 def timm_vit(**options: object) -> nn.Module:
@@ -227,6 +257,96 @@ def test_compiled_towers_have_plain_names(what: str, tmp_path: Path) -> None:
     assert len(tower.blocks) == 2
     tower.save_pretrained(tmp_path)
     assert load_tower(tmp_path).fingerprint() == fingerprint
+
+
+class Interrupt(Callback):
+    """Ctrl-C in the second step of a compiled tower."""
+
+    def on_step(self, fit: object) -> None:
+        if fit.step == 2 and isinstance(fit.tower.model, torch._dynamo.OptimizedModule):
+            raise KeyboardInterrupt
+
+
+def test_a_compiled_tower_is_resumed_and_indexed_as_the_plain_one(tmp_path: Path) -> None:
+    data = (np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8), [0, 1] * 4)
+
+    def fit(tower: nn.Module, **options: object) -> VisionTower:
+        callbacks = [Interrupt()] if options else []
+        finetuner = Finetuner(tower, AllPairsCosineLoss(), callbacks=callbacks)
+        finetuner.fit(data, batch_size=4, max_steps=3, **options)
+        return tower
+
+    compiled, plain = random_tower(), random_tower()
+    compiled.model = torch.compile(compiled.model, backend="eager")
+    options = {"checkpoint_dir": tmp_path, "checkpoint_every": 1, "resume": True}
+    with pytest.raises(KeyboardInterrupt):
+        fit(compiled, **options)
+    fit(plain, **options)
+    assert plain.fingerprint() == fit(random_tower()).fingerprint() != compiled.fingerprint()
+    ImageIndex.build(compiled, data[0]).save(tmp_path / "index")
+    compiled.model = compiled.model._orig_mod
+    assert len(ImageIndex.load(tmp_path / "index", compiled)) == 8
+
+
+def of_each_library(folder: Path) -> dict[str, VisionTower]:
+    towers = {
+        "transformers": load_tower(shaken(ViTModel(ViTConfig(**VIT))), image_processor=processor()),
+        "open_clip": load_tower(open_clip_folder(folder / "open_clip")),
+        "timm": load_tower(timm_vit(num_classes=0)),
+        "plain": load_tower(nn.Flatten(), image_processor=transforms.ToTensor()),
+    }
+    random_tower().save_pretrained(folder / "sentence")
+    library = pytest.importorskip("sentence_transformers")
+    model = library.SentenceTransformer(str(folder / "sentence"), device="cpu")
+    del model[1]
+    return {**towers, "sentence_transformers": load_tower(model)}
+
+
+def test_an_index_and_a_report_take_a_tower_of_every_library(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
+    for name, tower in of_each_library(tmp_path).items():
+        ImageIndex.build(tower, images).save(tmp_path / f"index of {name}")
+        index = ImageIndex.load(tmp_path / f"index of {name}", tower)
+        (matches,) = index.search([Image.fromarray(images[2])], k=1)
+        assert matches[0].index == 2
+        outcome = evaluate(tower, (images, [0, 1] * 3))
+        page = write_report(tmp_path / f"report of {name}", outcome, outcome)
+        assert "<html" in page.read_text("utf-8")
+
+
+class Seen:
+    """What passed a module, by a hook on it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.values: dict[str, torch.Tensor] = {}
+        for name, part in model.named_modules():
+            part.register_forward_hook(lambda _, __, out, name=name: self.keep(name, out))
+
+    def keep(self, name: str, output: object) -> None:
+        if isinstance(output, (tuple, dict)):
+            output = next(iter(output.values() if isinstance(output, dict) else output))
+        self.values[name] = output
+
+
+@pytest.mark.parametrize("kind", ["CLIPVisionModelWithProjection", "SiglipVisionModel", "ViTModel"])
+def test_hooks_see_what_they_see_in_transformers(kind: str) -> None:
+    config = getattr(transformers, kind).config_class(**VIT)
+    models = [shaken(getattr(transformers, kind)(config)) for _ in range(2)]
+    alone, inside = (Seen(model) for model in models)
+    models[0](pixel_values=pixels())
+    tower = load_tower(models[1], image_processor=processor())
+    inside.values.clear()
+    tower(pixels())
+    assert inside.values.keys() == alone.values.keys()
+    for name, value in alone.values.items():
+        assert torch.equal(inside.values[name], value), name
+    trunk, head = tower.split(1)
+    inside.values.clear()
+    head(trunk(pixels()))
+    blocks = {id(block): n for n, part in models[1].named_modules() for block in [part]}
+    for block in tower.blocks:
+        name = blocks[id(block)]
+        assert torch.equal(inside.values[name], alone.values[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

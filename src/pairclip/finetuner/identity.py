@@ -23,6 +23,7 @@ from pairclip.finetuner.images import KeptDeck
 from pairclip.finetuner.settings import Plan, Settings
 from pairclip.finetuner.step import Trainer
 from pairclip.towers import tower_of
+from pairclip.towers.adapters import plain_name, without_wrapper
 
 _SAMPLED_ITEMS = 8
 # Arguments that there were not always: at these values a checkpoint of before then resumes.
@@ -88,12 +89,14 @@ def identity_of(
 
 def model_identity(tower: nn.Module) -> dict[str, Any]:
     """What is the same in the same model, but for the values of what is trained."""
-    frozen = {name: p for name, p in tower.named_parameters() if not p.requires_grad}
+    frozen = {plain_name(n): p for n, p in tower.named_parameters() if not p.requires_grad}
+    model = getattr(tower, "model", tower)
     return {
-        "class": type(getattr(tower, "model", tower)).__qualname__,
+        "class": type(without_wrapper(model)).__qualname__,
         "settings": tower_of(tower).settings(),
         "modules": {
-            name: f"{type(module).__qualname__}({module.extra_repr()})"
+            # What is compiled comes after its wrapper, and takes its place.
+            plain_name(name): f"{type(module).__qualname__}({module.extra_repr()})"
             for name, module in tower.named_modules()
         },
         "trained weights": _digest(

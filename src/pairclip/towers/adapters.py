@@ -30,8 +30,8 @@ def without_wrapper(model: Any) -> Any:
 
 
 def plain_name(name: str) -> str:
-    """Name of a weight without what `torch.compile` puts into it."""
-    return name.replace(f"{_COMPILED}.", "")
+    """Name of a weight or a module without what `torch.compile` puts into it."""
+    return ".".join(part for part in name.split(".") if part != _COMPILED)
 
 
 def uncompiled(model: Any) -> Any:

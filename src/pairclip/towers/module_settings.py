@@ -9,7 +9,10 @@ from torch import nn
 
 _PLAIN = (bool, int, float, str, type(None))
 # How a result is computed, not what it is.
-_MEANS = ("training", "checkpoint", "fused", "dropout", "call_super_init", "dump_patches")
+_MEANS = (
+    *("training", "checkpoint", "fused", "dropout", "call_super_init", "dump_patches"),
+    "target_shift_size",  # of Swin: what was asked for, be the window as large as the image or not
+)
 
 
 def settings_of(model: nn.Module) -> str:

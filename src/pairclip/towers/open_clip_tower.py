@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pairclip._files import MappedTensors, write_tensors
+from pairclip.towers import adapters
 from pairclip.towers.hub import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS
 from pairclip.towers.measuring import measure
+from pairclip.towers.open_clip_config import config_of
 from pairclip.towers.optional import needs
 from pairclip.towers.preprocess import Preprocess
 from pairclip.towers.resizing import check_image_size, resampled
@@ -59,39 +62,40 @@ class OpenClipTower(VisionTower):
         embeddings: Tensor = output[0] if isinstance(output, (tuple, list)) else output
         return embeddings
 
-    def _check_savable(self) -> None:
-        self._folder_of_origin()
-
-    def _folder_of_origin(self) -> Path:
-        if self.origin is None:
-            raise NotImplementedError(
-                "An open_clip model doesn't know its own configuration, so it can't be saved as a "
-                "folder. Load it from a folder with open_clip_config.json, or save the weights "
-                "alone with `safetensors.torch.save_model(tower.model, path)`."
-            )
-        return self.origin
-
     def _write(self, folder: Path) -> None:
-        """The folder that it came from with other image weights: texts and tokenizer stay."""
-        origin = self._folder_of_origin()
-        config = json.loads((origin / OPEN_CLIP_CONFIG).read_text("utf-8"))
+        """The whole model with other image weights; of a folder that it came from, all else."""
+        config, texts = self._rest()
         config["model_cfg"]["vision_cfg"]["image_size"] = self.image_size
-        with safe_open(weights_file(origin), "pt") as file:
-            weights = {
-                name: file.get_tensor(name)
-                for name in file.keys()  # noqa: SIM118
-                if not name.startswith(_IMAGE)
-            }
-        for path in origin.iterdir():
+        for path in () if self.origin is None else self.origin.iterdir():
             if path.is_file() and path.suffix in (".json", ".txt", ".model", ".gz"):
                 shutil.copy2(path, folder)
         (folder / OPEN_CLIP_CONFIG).write_text(json.dumps(config, indent=2), "utf-8")
-        weights |= {_IMAGE + name: value for name, value in self._merged_weights().items()}
-        save_file(
-            {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()},
-            folder / OPEN_CLIP_WEIGHTS,
-            metadata={"format": "pt"},
-        )
+        images = {_IMAGE + name: value for name, value in self._merged_weights().items()}
+        with (folder / OPEN_CLIP_WEIGHTS).open("wb") as file:
+            write_tensors(file, {**texts, **images}, {"format": "pt"})
+
+    def _rest(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The configuration, and the weights beside those of the image tower."""
+        if self.origin is not None:
+            config = json.loads((self.origin / OPEN_CLIP_CONFIG).read_text("utf-8"))
+            weights: Mapping[str, Tensor] = MappedTensors(weights_file(self.origin))
+        elif self.whole:
+            (whole,) = self.whole
+            config, weights = config_of(whole, adapters.merged(self.model)), whole.state_dict()
+        else:
+            raise NotImplementedError(
+                "open_clip loads no image tower without its texts. Give `load_tower` the whole "
+                "model, or save the weights alone with "
+                "`safetensors.torch.save_model(tower.model, path)`."
+            )
+        if config is None:
+            raise NotImplementedError(
+                "No configuration that open_clip knows fits this model, so it can't be saved as a "
+                "folder. Register its own by `open_clip.add_model_config`, or load it from a "
+                f"folder with {OPEN_CLIP_CONFIG}."
+            )
+        texts = {name: value for name, value in weights.items() if not name.startswith(_IMAGE)}
+        return config, texts
 
 
 def read(folder: Path) -> Any:

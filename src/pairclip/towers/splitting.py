@@ -77,7 +77,16 @@ class Section:
             for i, name in enumerate(self.anatomy.names)
             if i not in mine
         }
-        depths = self.anatomy.depths(name for name, _ in model.named_parameters())
+        names: dict[nn.Parameter, set[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            names.setdefault(parameter, set()).add(name)
+        depths = self.anatomy.depths(name for several in names.values() for name in several)
+        for several in names.values():
+            if len({self.holds(depths[name]) for name in several}) > 1:
+                raise NotImplementedError(
+                    f"A {type(model).__name__} can't be split there: blocks on both sides share "
+                    f"`{min(several)}`."
+                )
         return restricted(model, lambda name: self.holds(depths[name]), stands)
 
     def run(

@@ -85,16 +85,13 @@ class Stored(Body):
         """
         save(self, folder)
 
-    def _check_savable(self) -> None:
+    def _write(self, folder: Path) -> None:
+        """Write the model and what preprocesses its images into an empty folder."""
         raise NotImplementedError(
             f"A tower around {type(self.model).__name__} has no `save_pretrained`: towers of "
             "transformers, open_clip and timm have it. Save this one with "
             "`safetensors.torch.save_model(tower, path)`."
         )
-
-    def _write(self, folder: Path) -> None:
-        """Write the model and what preprocesses its images into an empty folder."""
-        raise NotImplementedError
 
     def export_onnx(
         self,

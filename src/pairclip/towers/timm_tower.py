@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from pairclip._files import write_tensors
 from pairclip.towers import adapters
+from pairclip.towers.hub import CONFIG
 from pairclip.towers.measuring import measure
 from pairclip.towers.optional import needs
 from pairclip.towers.preprocess import Preprocess
+from pairclip.towers.ranges import WHOLE
 from pairclip.towers.vision_tower import VisionTower
 
 
@@ -57,14 +61,15 @@ class TimmTower(VisionTower):
         embeddings: Tensor = output[0] if isinstance(output, (tuple, list)) else output
         return embeddings
 
-    def _check_savable(self) -> None:
-        pass  # timm saves all its models
-
     def _write(self, folder: Path) -> None:
-        from timm.models import save_for_hf
+        from timm.models._hub import save_config_for_hf
 
-        model = adapters.merged(self.model)
-        save_for_hf(model, str(folder), safe_serialization=True, data_config=self.data_config)
+        model: Any = adapters.merged(self.model)
+        sizes = {"img_size": self.image_size} if hasattr(model, "set_input_size") else {}
+        described = {"pretrained_cfg": self.data_config}
+        save_config_for_hf(model, str(folder / CONFIG), model_config=described, model_args=sizes)
+        with (folder / WHOLE).open("wb") as file:
+            write_tensors(file, self._merged_weights(), {"format": "pt"})
 
 
 def read(folder: Path) -> Any:
@@ -72,12 +77,17 @@ def read(folder: Path) -> Any:
     needs("timm", "timm")
     import timm
 
-    if not (folder / "model.safetensors").is_file():
+    if not (folder / WHOLE).is_file():
         raise FileNotFoundError(
-            f"Folder '{folder}' has no weights: model.safetensors is missing. Pickled weights "
+            f"Folder '{folder}' has no weights: {WHOLE} is missing. Pickled weights "
             "can run code and are never loaded."
         )
-    model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    try:
+        model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    except (RuntimeError, ValueError, TypeError, SafetensorError) as error:
+        raise ValueError(
+            f"The weights of '{folder}' are damaged or do not fit its {CONFIG}: {error}"
+        ) from error
     if model.num_classes:
         model.reset_classifier(0)
     return model.float().eval()

@@ -162,9 +162,6 @@ class TransformersTower(VisionTower):
         kept = {k: v for k, v in own.items() if k not in _ELSEWHERE and not k.startswith("_")}
         return f"{type(self._bare()).__name__} {json.dumps(kept, sort_keys=True, default=str)} "
 
-    def _check_savable(self) -> None:
-        pass  # `transformers` saves all its models
-
     def _write(self, folder: Path) -> None:
         whole, weights = (*self.whole, self._bare())[0], self._merged_weights()
         if self.whole:

@@ -39,7 +39,7 @@ def restricted(
     def holds_stand(path: str) -> bool:
         return any(stand == path or stand.startswith(f"{path}.") for stand in stands)
 
-    names = [dot + name for name, _ in module.named_parameters()]
+    names = [dot + name for name, _ in module.named_parameters(remove_duplicate=False)]
     if all(map(belongs, names)) and not (holds_stand(prefix) if prefix else stands):
         return module
     other = _shallow(module)
@@ -51,7 +51,8 @@ def restricted(
             other.__dict__[name] = parameter
     for name, child in module._modules.items():
         path = dot + name
-        within = [] if child is None else [f"{path}.{n}" for n, _ in child.named_parameters()]
+        inner = [] if child is None else child.named_parameters(remove_duplicate=False)
+        within = [f"{path}.{n}" for n, _ in inner]
         if not within or holds_stand(path) or any(map(belongs, within)):
             inside = None if child is None else restricted(child, belongs, stands, path)
             other._modules[name] = inside
