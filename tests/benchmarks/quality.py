@@ -3,9 +3,11 @@
     python tests/benchmarks/quality.py --data FOLDER --tower FOLDER --others FOLDER
 
 Trains one tower on images of a folder per class, with each method: batches of P classes times K
-images (random pairs excepted), the same steps and schedule, at the best of several rates for each,
-by mean average precision of the first seed on held-out images of the trained classes. Each result
-is evaluated there, on classes that were left out, and on the classes of --others; as it is, and
+images (random pairs excepted), with the same steps and schedule. The first seed tries several
+rates; where the best is the highest or the lowest of them, its double or its half too. The best has
+the highest mean average precision on images of the trained classes that are held out for this
+choice alone, and the other seeds train at that rate. Each result is evaluated on yet other images
+of the trained classes, on classes that were left out, and on the classes of --others; as it is, and
 blended with the untouched tower by `interpolate`. A loss's own parameters have ten times the rate.
 
 Runs go to --results, one JSON line each, as they come; what is found there isn't repeated, so that
@@ -36,13 +38,14 @@ HERE = Path(__file__).parent
 METHODS = {**ours.OBJECTIVES, **pml.OBJECTIVES}
 PLACES = {"trained": "trained classes", "left_out": "classes left out", "others": "others"}
 METRICS = ("recall_at_1", "mean_average_precision", "map_at_r")
+MAP = "mean_average_precision"
 
 
 class Data(NamedTuple):
     """What is trained on, and where results are evaluated, by place."""
 
-    train: Any
-    places: dict[str, Any]
+    train: Relabelled
+    places: dict[str, tuple[torch.Tensor, torch.Tensor]]
     keep: Any
 
 
@@ -51,17 +54,29 @@ def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
     tower, data = load(args)
-    untouched = run(args, tower, data, "untouched", 0.0, 0)
-    rows = {"untouched": [untouched]}
+    rows = {"untouched": [run(args, tower, data, "untouched", 0.0, 0)]}
     for method in args.methods:
-        first = [run(args, tower, data, method, rate, args.seeds[0]) for rate in args.rates]
-        best = max(first, key=lambda result: result["1"]["trained"]["mean_average_precision"])
-        rows[method] = [best] + [
-            run(args, tower, data, method, best["rate"], seed) for seed in args.seeds[1:]
-        ]
+        if "to keep" in method and not args.keep_from:
+            continue
+        rows[method] = of_all_seeds(args, tower, data, method)
     print(f"\n{table(rows, args.blends)}")
     if args.picture:
         draw(rows, args.blends, args.picture)
+
+
+def of_all_seeds(
+    args: argparse.Namespace, tower: pairclip.VisionTower, data: Data, method: str
+) -> list[dict[str, Any]]:
+    """The results of a method at its best rate."""
+    by_rate = {rate: run(args, tower, data, method, rate, args.seeds[0]) for rate in args.rates}
+    while True:
+        best = max(by_rate, key=lambda rate: by_rate[rate]["1"]["choice"][MAP])
+        beyond = {max(by_rate): 2 * best, min(by_rate): best / 2}.get(best)
+        if beyond is None or len(by_rate) >= args.most_rates:
+            break
+        by_rate[beyond] = run(args, tower, data, method, beyond, args.seeds[0])
+    others = [run(args, tower, data, method, best, seed) for seed in args.seeds[1:]]
+    return [by_rate[best] | {"rates": sorted(by_rate)}, *others]
 
 
 def parse() -> argparse.Namespace:
@@ -78,11 +93,19 @@ def parse() -> argparse.Namespace:
         "--keep-from", type=int, default=0, help="first classes of --others to keep"
     )
     parser.add_argument("--held-out", type=int, default=200, help="evaluated images per class")
+    parser.add_argument("--train-images", type=int, help="per class; all that are not held out")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--classes-per-batch", type=int, default=8)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 6e-4])
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=list(METHODS),
+        choices=list(METHODS),
+        help="those with images to keep need --keep-from",
+    )
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 6e-4, 1.2e-3])
+    parser.add_argument("--most-rates", type=int, default=5)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--blends", type=float, nargs="+", default=[0.25, 0.5, 0.75, 1.0])
     parser.add_argument("--precision", default="auto", choices=["auto", "no", "bf16"])
@@ -107,19 +130,26 @@ def load(args: argparse.Namespace) -> tuple[pairclip.VisionTower, Data]:
         whole, left_out = ImageFolder(args.data), args.left_out
         others = None if args.others is None else ImageFolder(args.others)
         tower = pairclip.load_tower(args.tower)
+    if args.precision == "bf16" and not torch.cuda.is_available():
+        for module in tower.modules():  # on CPUs, PyTorch's fused attention takes twice the time
+            if hasattr(getattr(module, "config", None), "_attn_implementation"):
+                module.config._attn_implementation = "eager"
     names = class_names_of(whole) or []
     unseen = [names.index(name) for name in left_out]
     seen = [label for label in range(len(names)) if label not in unseen]
-    places = {"trained": some(whole, seen, 0, args.held_out)}
+    count = args.held_out
+    parts = {"choice": some(whole, seen, count, count), "trained": some(whole, seen, 0, count)}
     if unseen:
-        places["left_out"] = some(whole, unseen, 0, args.held_out)
+        parts["left_out"] = some(whole, unseen, 0, count)
     keep = None
     if others is not None:
         classes = list(range(len(others.classes)))
-        places["others"] = some(others, classes[args.keep_from :], 0, args.held_out)
+        parts["others"] = some(others, classes[args.keep_from :], 0, count)
         if args.keep_from:
-            keep = some(others, classes[: args.keep_from], 0, None)
-    return tower, Data(some(whole, seen, args.held_out, None), places, keep)
+            keep = Relabelled(some(others, classes[: args.keep_from], 0, None))
+    places = {place: pixels_of(tower, part) for place, part in parts.items()}
+    train_set = Relabelled(some(whole, seen, 2 * count, args.train_images))
+    return tower, Data(train_set, places, keep)
 
 
 def some(dataset: Any, classes: list[int], start: int, count: int | None) -> Subset[Any]:
@@ -129,6 +159,31 @@ def some(dataset: Any, classes: list[int], start: int, count: int | None) -> Sub
     stop = None if count is None else start + count
     chosen = [order[labels[order] == label][start:stop] for label in classes]
     return Subset(dataset, np.concatenate(chosen).tolist())
+
+
+def pixels_of(tower: pairclip.VisionTower, part: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a tower takes of some images, made once, and their labels."""
+    images = pairclip.LabelledImages(part)
+    pixels = tower.preprocess.batch(images[i][0] for i in range(len(images)))
+    return torch.stack(pixels), pairclip.labels_of(part)
+
+
+class Relabelled(torch.utils.data.Dataset[Any]):
+    """A dataset with class ids from 0 on, as proxy losses take; each image is decoded once."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = pairclip.LabelledImages(dataset)
+        classes, self.targets = pairclip.labels_of(dataset).unique(return_inverse=True)
+        self.classes = len(classes)
+        self.images: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        if index not in self.images:
+            self.images[index] = self.dataset[index][0]
+        return self.images[index], int(self.targets[index])
 
 
 def run(
@@ -147,6 +202,7 @@ def run(
         "steps": args.steps if rate else 0,
         "batch_size": args.batch_size if rate else 0,
         "data": [str(args.data), str(args.others), *args.left_out, args.keep_from, args.held_out],
+        "train_images": args.train_images,
         "tower": str(args.tower),
     }
     blends = args.blends if rate else [1.0]
@@ -160,7 +216,11 @@ def run(
     result: dict[str, Any] = key | {"seconds": round(seconds)}
     for blend in blends:
         blended = pairclip.interpolate(tower, tuned, blend)
-        result[f"{blend:g}"] = {place: metrics(blended, of) for place, of in data.places.items()}
+        result[f"{blend:g}"] = {
+            place: metrics(args, blended, *of)
+            for place, of in data.places.items()
+            if place != "choice" or blend == 1
+        }
     args.results.parent.mkdir(parents=True, exist_ok=True)
     with args.results.open("a") as file:
         file.write(json.dumps(result) + "\n")
@@ -179,11 +239,8 @@ def train(
     """A tuned copy of the tower."""
     torch.manual_seed(seed)  # for the classes' vectors of proxy losses
     tuned = copy.deepcopy(tower)
-    labels = pairclip.labels_of(data.train)
-    # Proxy losses take class ids from 0 on.
-    classes, ids = labels.unique(return_inverse=True)
-    train_set = Relabelled(data.train, ids)
-    objective = METHODS[method](len(classes), tower.embedding_dim)
+    ids, count = data.train.targets, data.train.classes
+    objective = METHODS[method](count, tower.embedding_dim)
     own = [] if not isinstance(objective.loss, torch.nn.Module) else [*objective.loss.parameters()]
 
     def optimizer(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -192,11 +249,11 @@ def train(
         groups += [{"params": own, "lr": 10 * rate}] if own else []
         return torch.optim.AdamW(groups, weight_decay=0.0)
 
-    kept: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if objective.keep_share:
-        kept = {"keep": data.keep, "keep_share": objective.keep_share}
+        options = {"keep": data.keep, "keep_share": objective.keep_share}
     if objective.matching is None:
-        chosen = min(args.classes_per_batch, len(classes))
+        chosen = min(args.classes_per_batch, count)
         labelled = round((1 - objective.keep_share) * args.batch_size)
         sampler: Any = pairclip.ClassBalancedSampler(ids, chosen, labelled // chosen, seed=seed)
     else:
@@ -205,28 +262,22 @@ def train(
         )
     pairclip.Finetuner(
         tuned, objective.loss, optimizer=optimizer, precision=args.precision, seed=seed
-    ).fit(train_set, sampler=sampler, max_steps=args.steps, **kept)
+    ).fit(data.train, sampler=sampler, max_steps=args.steps, **options)
     return tuned
 
 
-class Relabelled(torch.utils.data.Dataset[Any]):
-    """A dataset with other class ids."""
-
-    def __init__(self, dataset: Any, ids: torch.Tensor) -> None:
-        self.dataset = pairclip.LabelledImages(dataset)
-        self.targets = ids
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.dataset[index][0], int(self.targets[index])
-
-
-def metrics(tower: pairclip.VisionTower, dataset: Any) -> dict[str, float]:
-    """The metrics of a tower on a dataset."""
-    found = pairclip.evaluate(tower, dataset)
-    return {name: round(getattr(found, name), 4) for name in METRICS}
+def metrics(
+    args: argparse.Namespace,
+    tower: pairclip.VisionTower,
+    pixels: torch.Tensor,
+    labels: torch.Tensor,
+) -> dict[str, float]:
+    """The metrics of a tower on some images."""
+    device, bf16 = next(tower.parameters()).device, args.precision == "bf16"
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        embeddings = torch.cat([tower(part.to(device)).float() for part in pixels.split(128)])
+    by_name = pairclip.retrieval_figures(embeddings, labels, METRICS)
+    return {name: round(value, 4) for name, value in by_name.items()}
 
 
 def values(results: list[dict[str, Any]], blend: float, place: str, metric: str) -> list[float]:
@@ -239,19 +290,22 @@ def table(rows: dict[str, list[dict[str, Any]]], blends: list[float]) -> str:
     places = [place for place in PLACES if place in rows["untouched"][0]["1"]]
     heads = [f"{PLACES[place]}, {name}" for place in places for name in ("R@1", "mAP", "MAP@R")]
     lines = [
-        f"| method | rate | blend | {' | '.join(heads)} |",
-        "|---|---:|---:" + "|---:" * len(heads) + "|",
+        f"| method | best of rates | blend | {' | '.join(heads)} |",
+        "|---|---|---:" + "|---:" * len(heads) + "|",
     ]
     for method, results in rows.items():
-        for blend in [1.0] if method == "untouched" else blends:
+        rates = ", ".join(
+            f"**{rate:g}**" if rate == results[0]["rate"] else f"{rate:g}"
+            for rate in results[0].get("rates", [])
+        )
+        for blend in blends if rates else [1.0]:
             cells = []
             for place in places:
                 for metric in METRICS:
-                    found = values(results, blend, place, metric)
-                    spread = f" ± {np.std(found, ddof=1):.3f}" if len(found) > 1 else ""
-                    cells.append(f"{np.mean(found):.3f}{spread}")
-            rate = f"{results[0]['rate']:g}"
-            lines.append(f"| {method} | {rate} | {blend:g} | {' | '.join(cells)} |")
+                    of_seeds = values(results, blend, place, metric)
+                    spread = f" ± {np.std(of_seeds, ddof=1):.3f}" if len(of_seeds) > 1 else ""
+                    cells.append(f"{np.mean(of_seeds):.3f}{spread}")
+            lines.append(f"| {method} | {rates} | {blend:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -259,29 +313,39 @@ def draw(rows: dict[str, list[dict[str, Any]]], blends: list[float], path: Path)
     """What is gained on the trained classes, against what is lost elsewhere."""
     import matplotlib.pyplot as plt
 
-    metric = "mean_average_precision"
-    elsewhere = "others" if "others" in rows["untouched"][0]["1"] else "left_out"
-    start = {place: rows["untouched"][0]["1"][place][metric] for place in ("trained", elsewhere)}
-    figure, axes = plt.subplots(figsize=(8, 6))
-    axes.axvline(start[elsewhere], color="0.8")
-    for method, results in rows.items():
-        if method == "untouched":
-            continue
-        line = [
-            [start[place]]
-            + [np.mean(values(results, blend, place, metric)) for blend in sorted(blends)]
-            for place in (elsewhere, "trained")
-        ]
-        own = not method.startswith("PML")
-        axes.plot(*line, marker="o" if own else "x", linestyle="-" if own else ":", label=method)
-    axes.plot(start[elsewhere], start["trained"], "ks", label="untouched")
-    axes.set_xlabel(f"mAP on {PLACES[elsewhere]}, never trained on")
-    axes.set_ylabel("mAP on held-out images of the trained classes")
-    axes.set_title("Each line: blended with the untouched tower, from not at all to tuned alone")
-    axes.legend(fontsize="small")
+    untouched = rows["untouched"][0]["1"]
+    elsewhere = [place for place in ("left_out", "others") if place in untouched]
+    figure, every = plt.subplots(
+        1, len(elsewhere), figsize=(1.5 + 5.5 * len(elsewhere), 6), sharey=True, squeeze=False
+    )
+    for place, axes in zip(elsewhere, every[0], strict=True):
+        axes.axvline(0, color="0.8")
+        axes.axhline(0, color="0.8")
+        for number, (method, results) in enumerate(list(rows.items())[1:]):
+            line = [
+                [0]
+                + [
+                    np.mean(values(results, blend, of, MAP)) - untouched[of][MAP]
+                    for blend in sorted(blends)
+                ]
+                for of in (place, "trained")
+            ]
+            peer = method.startswith("PML")
+            axes.plot(
+                *line,
+                marker="x" if peer else "o",
+                linestyle=":" if peer else "-",
+                color=plt.get_cmap("tab20")(number % 20),
+                label=method,
+            )
+        axes.plot(0, 0, "ks", label="untouched")
+        axes.set_xlabel(f"change of mAP on {PLACES[place]}")
+    every[0][0].set_ylabel("change of mAP on held-out images of the trained classes")
+    figure.suptitle("From the untouched tower over blends to what was trained")
+    every[0][-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

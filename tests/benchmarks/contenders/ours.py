@@ -138,9 +138,11 @@ def random_pairs(classes: int, width: int) -> Objective:
 
 
 OBJECTIVES: dict[str, Method] = {
-    "preserving": preserving(0.25, 0.15),
-    "preserving, a quarter to keep": preserving(0.25, 0.3, keep_share=0.25),
+    "preserving": preserving(0.35, 0.15),
+    "preserving, a quarter to keep": preserving(0.35, 0.3, keep_share=0.25),
     "squared": objective(negatives="squared"),
+    "squared, positive margin 0.8": objective(negatives="squared", positive_margin=0.8),
+    "squared, positive margin 0.9": objective(negatives="squared", positive_margin=0.9),
     "hinge 0.2": objective(negatives="hinge", margin=0.2),
     "hinge 0.5": objective(negatives="hinge", margin=0.5),
     "hinge 0.7": objective(negatives="hinge", margin=0.7),
