@@ -3,6 +3,7 @@
 import html
 import importlib
 import inspect
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -20,8 +21,10 @@ from sphinx.ext import intersphinx
 import pairclip
 
 HERE = Path(__file__).parent
-# The gallery and the notebook take their drawings from there.
-sys.path.insert(0, str(HERE.parent / "examples" / "offline"))
+# The tower of the gallery and the tutorial is so small that more threads only wait.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The gallery's drawings, and what saves its pictures.
+sys.path[:0] = [str(HERE.parent / "examples" / "offline"), str(HERE)]
 
 project = "pairclip"
 author = "The pairclip authors"
@@ -95,6 +98,8 @@ sphinx_gallery_conf = {
     "examples_dirs": "gallery",
     "gallery_dirs": "examples",
     "filename_pattern": "/plot_",
+    "within_subsection_order": "FileNameSortKey",
+    "image_scrapers": ("pictures.scraper", "matplotlib"),
     "download_all_examples": False,
     "show_memory": False,
     "write_computation_times": False,  # a page that loads scripts from elsewhere
@@ -103,6 +108,7 @@ sphinx_gallery_conf = {
 }
 nb_execution_mode = "force"
 nb_execution_timeout = 120
+nb_output_stderr = "remove"
 nb_execution_raise_on_error = True
 
 autodoc_default_options = {"members": True}

@@ -6,6 +6,7 @@ A tower that finds everything rather alike, and the same after twenty-four steps
 kind have come together, images of different kinds have moved apart.
 """
 
+import torch
 from drawings import TOWER, drawings
 from torch.utils.data import random_split
 
@@ -14,7 +15,9 @@ import pairclip
 # %%
 # Twelve kinds of drawings; a third of them is held out to evaluate on. In your code these are
 # ``LabelledImages("photos")`` and ``load_tower("openai/clip-vit-base-patch32")``.
-train, test = random_split(pairclip.LabelledImages(drawings(per_class=24)), [2 / 3, 1 / 3])
+images = pairclip.LabelledImages(drawings(per_class=24))
+seeded = torch.Generator().manual_seed(0)
+train, test = random_split(images, [2 / 3, 1 / 3], generator=seeded)
 tower = pairclip.load_tower(TOWER)
 
 # %%

@@ -24,7 +24,9 @@ labels = torch.tensor(digits.target)
 def train(loss: torch.nn.Module, steps: int = 200) -> torch.Tensor:
     """Embeddings of the held-out digits after training on the others."""
     torch.manual_seed(0)
-    encoder = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32))
+    encoder = torch.nn.Sequential(
+        torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32)
+    )
     optimizer = torch.optim.Adam(encoder.parameters(), lr=1e-3)
     for _ in range(steps):
         batch = 2 * torch.randint(len(images) // 2, (128,))
@@ -41,7 +43,9 @@ def train(loss: torch.nn.Module, steps: int = 200) -> torch.Tensor:
 # blocks of red. The other two tell all ten digits apart.
 forms = {
     "linear": AllPairsCosineLoss(negatives="linear", positive_fraction=0.5),
-    "hinge, margin 0.2": AllPairsCosineLoss(negatives="hinge", margin=0.2, positive_fraction=0.5),
+    "hinge, margin 0.2": AllPairsCosineLoss(
+        negatives="hinge", margin=0.2, positive_fraction=0.5
+    ),
     "squared": AllPairsCosineLoss(negatives="squared", positive_fraction=0.5),
 }
 figure, axes = plt.subplots(1, 3, figsize=(10, 4), layout="constrained")

@@ -19,9 +19,13 @@ kinds = np.repeat(["cars", "cats"], sizes.reshape(2, 6).sum(axis=1))
 
 samplers = {
     "PairSampler": PairSampler(labels, pairs_per_batch=12),
-    "PairSampler,\nclass_balanced": PairSampler(labels, pairs_per_batch=12, class_balanced=True),
+    "PairSampler,\nclass_balanced": PairSampler(
+        labels, pairs_per_batch=12, class_balanced=True
+    ),
     "ClassBalancedSampler": ClassBalancedSampler(labels, 6, 4),
-    "GroupSampler": GroupSampler(labels, kinds, classes_per_batch=6, samples_per_class=4),
+    "GroupSampler": GroupSampler(
+        labels, kinds, classes_per_batch=6, samples_per_class=4
+    ),
 }
 
 # %%
@@ -32,10 +36,14 @@ samplers = {
 figure, axes = plt.subplots(1, 4, figsize=(11, 4), sharey=True, layout="constrained")
 for panel, (name, sampler) in zip(axes, samplers.items()):
     batches = [batch for batch, _ in zip(sampler, range(16))]
-    counts = np.stack([np.bincount(labels[batch], minlength=12) for batch in batches], axis=1)
+    counts = np.stack(
+        [np.bincount(labels[batch], minlength=12) for batch in batches], axis=1
+    )
     drawn = panel.imshow(counts, vmin=0, vmax=12, cmap="viridis", aspect="auto")
     panel.set(title=name, xlabel="batch")
-axes[0].set_yticks(range(12), [f"{'car' if i < 6 else 'cat'}, {n}" for i, n in enumerate(sizes)])
+axes[0].set_yticks(
+    range(12), [f"{'car' if i < 6 else 'cat'}, {n}" for i, n in enumerate(sizes)]
+)
 figure.colorbar(drawn, ax=axes, label="images of the class in the batch")
 plt.show()
 

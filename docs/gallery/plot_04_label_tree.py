@@ -24,13 +24,19 @@ TREE = {
 # those numbers, one row for each kind, in the order of the class ids.
 branch = {kind: name for name, kinds in TREE.items() for kind in kinds}
 names = sorted(KINDS)
-targets = pairclip.hierarchy_targets([(branch[kind], kind) for kind in names], weights=[2, 3])
+targets = pairclip.hierarchy_targets(
+    [(branch[kind], kind) for kind in names], weights=[2, 3]
+)
 
 images = pairclip.LabelledImages(drawings(per_class=12))
 tower = pairclip.load_tower(TOWER)
 before = pairclip.evaluate(tower, images)
-finetuner = pairclip.Finetuner(tower, pairclip.TargetSimilarityLoss(), learning_rate=6e-4)
-history = finetuner.fit(images, batch_size=36, max_steps=20, targets=targets[images.labels])
+finetuner = pairclip.Finetuner(
+    tower, pairclip.TargetSimilarityLoss(), learning_rate=6e-4
+)
+history = finetuner.fit(
+    images, batch_size=36, max_steps=20, targets=targets[images.labels]
+)
 after = pairclip.evaluate(tower, pairclip.LabelledImages(drawings(per_class=6, seed=1)))
 
 # %%

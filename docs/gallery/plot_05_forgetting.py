@@ -27,11 +27,16 @@ def part(*, trained: bool, first: int, last: int) -> pairclip.LabelledImages:
         for i, kind in enumerate(kinds)
         if (kind not in held_out) == trained and first <= i % 28 < last
     ]
-    return pairclip.LabelledImages(([images[i] for i in wanted], [kinds[i] for i in wanted]))
+    return pairclip.LabelledImages(
+        ([images[i] for i in wanted], [kinds[i] for i in wanted])
+    )
 
 
 train = part(trained=True, first=0, last=16)
-known, unknown = part(trained=True, first=16, last=28), part(trained=False, first=0, last=28)
+known, unknown = (
+    part(trained=True, first=16, last=28),
+    part(trained=False, first=0, last=28),
+)
 
 # %%
 # The same training twice, once with a term that keeps similarities as they were.
@@ -44,12 +49,17 @@ losses = {
 lines = {}
 for name, loss in losses.items():
     tower = copy.deepcopy(untouched)
-    pairclip.Finetuner(tower, loss, learning_rate=6e-4).fit(train, batch_size=32, max_steps=20)
+    pairclip.Finetuner(tower, loss, learning_rate=6e-4).fit(
+        train, batch_size=32, max_steps=20
+    )
     lines[name] = []
     for share in (0, 1 / 3, 2 / 3, 1):
         blend = pairclip.interpolate(untouched, tower, share)
         lines[name].append(
-            [pairclip.evaluate(blend, each).mean_average_precision for each in (unknown, known)]
+            [
+                pairclip.evaluate(blend, each).mean_average_precision
+                for each in (unknown, known)
+            ]
         )
 
 # %%
@@ -58,7 +68,9 @@ for name, loss in losses.items():
 figure, panel = plt.subplots(figsize=(6.5, 4.5), layout="constrained")
 for (name, points), marker in zip(lines.items(), "os"):
     panel.plot(*zip(*points), marker=marker, label=name)
-panel.annotate("untouched", lines["plain"][0], xytext=(6, 6), textcoords="offset points")
+panel.annotate(
+    "untouched", lines["plain"][0], xytext=(6, 6), textcoords="offset points"
+)
 panel.set(xlabel="mAP on kinds never trained on", ylabel="mAP on trained kinds")
 panel.legend()
 panel.grid(alpha=0.3)

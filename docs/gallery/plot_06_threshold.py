@@ -20,7 +20,9 @@ new = {"boat", "flower", "key", "umbrella"}
 def of(*, kind_is_new: bool) -> pairclip.LabelledImages:
     """The drawings of the new kinds, or of the others."""
     wanted = [i for i, kind in enumerate(kinds) if (kind in new) == kind_is_new]
-    return pairclip.LabelledImages(([images[i] for i in wanted], [kinds[i] for i in wanted]))
+    return pairclip.LabelledImages(
+        ([images[i] for i in wanted], [kinds[i] for i in wanted])
+    )
 
 
 tower = pairclip.load_tower(TOWER)
@@ -35,9 +37,11 @@ history = finetuner.fit(of(kind_is_new=False), batch_size=32, max_steps=20)
 fresh = pairclip.LabelledImages(drawings(per_class=15, seed=1))
 embeddings = pairclip.embed_images(tower, fresh)
 chosen = pairclip.choose_threshold(embeddings, fresh.labels, false_match_rate=0.002)
-print(f"threshold {chosen.threshold:.2f}", "between {:.2f} and {:.2f}".format(*chosen.interval))
+print(f"threshold {chosen.threshold:.2f}")
+print("with other kinds between {:.2f} and {:.2f}".format(*chosen.interval))
 print(f"{chosen.match_rate:.0%} of the pairs of one kind are matched")
-print("false matches of other kinds: {:.2%} to {:.2%}".format(*chosen.false_match_interval))
+low, high = chosen.false_match_interval
+print(f"false matches of other kinds: {low:.2%} to {high:.2%}")
 
 # %%
 # The line in the histogram is what was chosen: right of it is called a match.
@@ -56,7 +60,7 @@ for title, is_new in (("kinds in the index", False), ("new kinds", True)):
     some = [(name, kind) for name, kind in zip(names, asked) if (kind in new) == is_new]
     right = sum(name == kind for name, kind in some) / len(some)
     nothing = sum(name == "no match" for name, _ in some) / len(some)
-    print(f"{title}: {right:.0%} find their kind, {nothing:.0%} nothing, the rest another kind")
+    print(f"{title}: {right:.0%} find their kind, {nothing:.0%} nothing, others err")
 
 # %%
 # Some kinds are harder than others. The threshold is one for all, what it does to each is told.

@@ -22,13 +22,16 @@ photos = pairclip.LabelledImages(root / "photos")
 tower = pairclip.load_tower(drawings.TOWER)
 index = pairclip.ImageIndex.build(tower, photos)
 index.save(root / "index")
-print(len(index), "images,", sum(f.stat().st_size for f in (root / "index").iterdir()), "bytes")
+size = sum(file.stat().st_size for file in (root / "index").iterdir())
+print(len(index), "images,", size, "bytes")
 
 # %%
 # Another process opens it in no time, and searches by image, path or embedding. The similarity of
 # each match stands above it, with its class.
 drawings.save(root / "queries", per_class=1, seed=5)
-queries = [root / "queries" / kind / "000.png" for kind in ("car", "mushroom", "tree", "clock")]
+queries = [
+    root / "queries" / kind / "000.png" for kind in ("car", "mushroom", "tree", "clock")
+]
 index = pairclip.ImageIndex.load(root / "index", tower)
 figure, axes = plt.subplots(4, 6, figsize=(8, 6), layout="constrained")
 for row, (query, matches) in zip(axes, zip(queries, index.search(queries, k=5))):

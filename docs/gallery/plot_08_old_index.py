@@ -22,12 +22,15 @@ old_index = pairclip.embed_images(before, gallery)
 tower = copy.deepcopy(before)
 loss = pairclip.AllPairsCosineLoss(negatives="squared", positive_fraction=0.2)
 train = pairclip.LabelledImages(drawings(per_class=16, seed=1))
-pairclip.Finetuner(tower, loss, learning_rate=6e-4).fit(train, batch_size=36, max_steps=20)
+finetuner = pairclip.Finetuner(tower, loss, learning_rate=6e-4)
+history = finetuner.fit(train, batch_size=36, max_steps=20)
 
 # %%
 # The map needs images that both towers have embedded; those of the training will do.
-to_tuned = pairclip.align(pairclip.embed_images(before, train), pairclip.embed_images(tower, train))
-print(f"cosine of mapped and true embeddings of images not fitted: {to_tuned.cosine:.2f}")
+to_tuned = pairclip.align(
+    pairclip.embed_images(before, train), pairclip.embed_images(tower, train)
+)
+print(f"cosine on images that were not fitted: {to_tuned.cosine:.2f}")
 
 # %%
 # Other drawings are the queries, in four ways.
