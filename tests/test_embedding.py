@@ -7,7 +7,7 @@ from PIL import Image
 from torch import nn
 from torch.testing import assert_close
 
-from pairclip import VisionTower, embed_images, load_tower
+from pairclip import LabelledImages, VisionTower, embed_images, load_tower
 
 
 def by_hand(tower: VisionTower, pictures: np.ndarray) -> torch.Tensor:
@@ -121,3 +121,49 @@ def test_precision_is_that_of_the_tower_and_not_of_somebodys_autocast(tower, ima
         embed_images(tower, images, precision="fp16")
     with pytest.raises(ValueError, match="`precision` must be one of 'auto', 'no', 'bf16', 'fp16'"):
         embed_images(tower, images, precision="half")
+
+
+def test_pixel_values_computed_on_the_device_are_those_of_the_image_processor(tower) -> None:
+    generator = np.random.default_rng(0)
+    sizes = [(16, 16), (40, 23), (9, 30), (40, 23), (333, 250)]
+    pictures = [generator.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+    given = [torch.from_numpy(picture).permute(2, 0, 1) for picture in pictures]
+    pixels = tower.preprocess.on_device(given, torch.device("cpu"))
+    expected = [tower.preprocess(Image.fromarray(picture)) for picture in pictures]
+    assert torch.equal(pixels, torch.stack(expected))
+    for num_workers in (0, 1):
+        options = {"batch_size": 2, "num_workers": num_workers}
+        embedded = embed_images(tower, pictures, on_device=True, **options)
+        assert torch.equal(embedded, embed_images(tower, pictures, batch_size=2))
+
+
+def test_images_in_memory_go_to_the_device_as_they_are(tower, images, monkeypatch) -> None:
+    expected = embed_images(tower, images, batch_size=7)
+    pictures = images[0]
+    grey = np.stack([picture[..., 0] for picture in pictures])
+    expected_of_grey = embed_images(tower, grey[..., None], batch_size=7)
+    assert torch.equal(
+        embed_images(tower, grey[..., None], batch_size=7, on_device=True), expected_of_grey
+    )
+    monkeypatch.setattr(LabelledImages, "__getitem__", None)
+    tensor = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+    for given in (pictures, tensor, images):
+        assert torch.equal(embed_images(tower, given, batch_size=7, on_device=True), expected)
+
+
+def test_preprocessing_that_has_no_form_on_the_device_is_refused(tower, images) -> None:
+    plain = load_tower(
+        nn.Flatten(), image_processor=lambda image: torch.from_numpy(np.array(image)) / 255.0
+    )
+    with pytest.raises(ValueError, match="`on_device` needs an image processor of transformers"):
+        embed_images(plain, images, on_device=True)
+    _, head = tower.split(1)
+    with pytest.raises(ValueError, match="`on_device` is for images, and this is a part of"):
+        embed_images(head, images, on_device=True)
+    # A device that computes something else, as a GPU may.
+    true = type(tower.preprocess).on_device
+    tower.preprocess.on_device = lambda images, device: (
+        true(tower.preprocess, images, device) + 3 / 255 / 0.26
+    )
+    with pytest.raises(ValueError, match=r"on cpu they are off by 2\.\d of 256 levels"):
+        embed_images(tower, images, on_device=True)

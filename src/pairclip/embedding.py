@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +17,7 @@ from pairclip._progress import progress
 from pairclip.datasets import LabelledImages
 from pairclip.towers import VisionTower
 from pairclip.towers.modes import evaluating
-from pairclip.towers.preprocess import Preprocess
+from pairclip.towers.preprocess import Preprocess, as_bytes
 
 Precision = Literal["auto", "no", "bf16", "fp16"]
 # Batches whose embeddings are on their way from the device while it computes the next.
@@ -33,6 +33,7 @@ def embed_images(
     num_workers: int = 0,
     precision: Precision = "auto",
     out: Any = None,
+    on_device: bool = False,
 ) -> Tensor:
     """Embed every image, without gradient and in evaluation mode.
 
@@ -50,6 +51,10 @@ def embed_images(
             ``"bf16"`` or ``"fp16"`` (on a GPU): what the tower computes in.
         out: Where the embeddings go, float32 ``[N, D]`` on the CPU: a tensor, an array, or a
             `numpy.memmap` of a result that is larger than the memory.
+        on_device: Resize and normalise where the tower is, which images are sent to as bytes; a
+            uint8 tensor ``[N, 3, H, W]`` may lie there already. For towers of `transformers`, whose
+            image processors compute in PyTorch. On the CPU it gives the same pixel values, on
+            another device values that are at most two of 256 levels off, or an error.
 
     Returns:
         float32 ``[N, D]`` on the CPU, not normalised; it shares the memory of `out`, if given.
@@ -81,6 +86,7 @@ def embed_images(
         num_workers=num_workers,
         precision=precision,
         out=out,
+        on_device=on_device,
     )
 
 
@@ -92,6 +98,7 @@ def embed(
     num_workers: int = 0,
     precision: Precision = "auto",
     out: Any = None,
+    on_device: bool = False,
     worker_init_fn: Callable[[int], None] | None = None,
     alone: bool = False,
 ) -> Tensor:
@@ -99,9 +106,14 @@ def embed(
 
     With `alone`, this process embeds all, whether there are others or not.
     """
-    if isinstance(tower.preprocess, Preprocess):
-        tower.preprocess.check_steady()
     device = next((p.device for p in tower.parameters()), torch.device("cpu"))
+    prepare: Any = tower.preprocess
+    if isinstance(prepare, Preprocess):
+        prepare.check_steady()
+        if on_device:
+            prepare.check_device(device)
+    elif on_device:
+        raise ValueError("`on_device` is for images, and this is a part of a split tower.")
     dtype = _dtype_of(precision, device)
     grouped = distributed.is_available() and distributed.is_initialized() and not alone
     process, processes = (
@@ -110,29 +122,31 @@ def embed(
     count = len(images)
     share = range(process * count // processes, (process + 1) * count // processes)
     result = None if out is None else _checked_out(out, count)
-    loader = pixel_batches(
-        Pixels(images, tower.preprocess),
+    loader: Iterable[Any] = pixel_batches(
+        Pixels(images, as_bytes if on_device else prepare),
         batch_size=batch_size,
         num_workers=num_workers,
         worker_init_fn=worker_init_fn,
         share=share,
         pin_memory=device.type == "cuda",
+        collate_fn=list if on_device else None,  # images of any size
     )
-    bar = progress(
-        total=count,
-        desc="Embedding",
-        unit="image",
-        leave=False,
-        disable=None if process == 0 else True,
-    )
+    if on_device and (whole := _bytes_in_memory(images)) is not None:
+        loader = (whole[n : min(n + batch_size, share.stop)] for n in share[::batch_size])
+    hidden = None if process == 0 else True  # None: where the output is no terminal
+    bar = progress(total=count, desc="Embedding", unit="image", leave=False, disable=hidden)
     error: Exception | None = None
     try:
         with bar, torch.inference_mode(), evaluating(tower):
             arriving: deque[tuple[int, Tensor, Any]] = deque()
             start = share.start
             for batch in loader if len(share) else ():
+                if on_device:
+                    pixels = prepare.on_device(batch, device)
+                else:
+                    pixels = batch.to(device, non_blocking=True)
                 with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-                    embeddings = tower(batch.to(device, non_blocking=True)).float()
+                    embeddings = tower(pixels).float()
                 if result is None:
                     # Not a tensor of inference alone: others may train on it.
                     with torch.inference_mode(mode=False):
@@ -157,6 +171,17 @@ def embed(
     if result is None:
         raise ValueError("`images` has no images.")
     return result
+
+
+def _bytes_in_memory(images: LabelledImages) -> Tensor | None:
+    """Images that are one array or tensor of bytes, ``[N, 3, H, W]``, on whatever device."""
+    source = images.source
+    array = source.dataset[0] if source.in_memory else None
+    if isinstance(array, np.ndarray) and array.ndim == 4 and array.shape[3] == 3:
+        array = torch.from_numpy(array).permute(0, 3, 1, 2) if array.flags.writeable else None
+    if not isinstance(array, Tensor) or array.dtype != torch.uint8 or array.ndim != 4:
+        return None
+    return array if array.shape[1] == 3 and len(array) == len(images) else None
 
 
 def _dtype_of(precision: str, device: torch.device) -> torch.dtype | None:
@@ -281,6 +306,7 @@ def pixel_batches(
     worker_init_fn: Callable[[int], None] | None = None,
     share: range | None = None,
     pin_memory: bool = False,
+    collate_fn: Callable[[list[Tensor]], Any] | None = None,
 ) -> DataLoader[Tensor]:
     """All items, or a share, in order and in batches; no random generator is touched."""
     return DataLoader(
@@ -290,6 +316,7 @@ def pixel_batches(
         worker_init_fn=worker_init_fn,
         sampler=share,
         pin_memory=pin_memory,
+        collate_fn=collate_fn,
         generator=torch.Generator(),  # else the loader draws from the caller's
     )
 

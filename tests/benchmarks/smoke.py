@@ -21,8 +21,10 @@ LEFT_OUT = {"smoke", "alignment"}
 TINY = {
     "breaking": "--tiny",
     "finetuner": "--only tiny --rounds 1 --batch 8 --contenders pairclip bare",
+    "gpu": "--tiny",
     "hostile_images": "--mutations 44 --keep {folder}/hostile",
-    "index": "--rows 2000 --width 16 --queries 2 --folder {folder}",
+    "index": "--rows 2000 --width 16 --queries 2 --factories IVF16,Flat --folder {folder}",
+    "ledger": "--queries 5 --per-class 40 --cells 4 --probes 2 --codes 4 --dims 4",
     "losses": "--batches 32 --classes 4 --width 8 --memory-from 32 --only 'pairclip squared' "
     "'pairclip targets' 'PML hinge' 'plain linear' F.normalize",
     "quality": "--steps 1 --rates 1e-4 --seeds 0 --blends 0.5 1 --methods squared 'PML NTXent' "

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pairclip import _checks
 from pairclip._files import MappedTensors
-from pairclip.similarity import nearest_neighbors
+from pairclip._vectors import highest, row_norms, unit_rows
 
 # Rows searched at once, which bounds the memory of a step.
 ROWS = 65536
 # Rows compared at once; more would leave the processor's cache, which costs a few queries most.
 _BLOCK = 2048
+_QUERIES = 1024  # compared with them at once
 
 
 @dataclass
@@ -37,6 +39,7 @@ class Segment:
     mapped: MappedTensors | None = None
     entry: dict[str, Any] | None = None
     left: Tensor | None = None
+    _lengths: Tensor | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.rows) if self.left is None else len(self.left)
@@ -65,31 +68,45 @@ class Segment:
         stay[places] = False
         self.left = stay.nonzero()[:, 0] if self.left is None else self.left[stay]
 
-    def nearest(
-        self, queries: Tensor, k: int, wanted: Tensor | None
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Scores, and places among the rows that are left, of the nearest in each piece of rows.
+    def pieces(self, wanted: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Rows that are left, their lengths, and their places among these, some at a time.
 
-        With `wanted`, class ids, only images of these classes are looked at.
+        With `wanted`, class ids, only images of these classes.
         """
+        lengths = self._all_lengths()
         places = numbers = self.left
         if self.left is not None:
             places = torch.arange(len(self.left))
         if wanted is not None and self.labels is not None:
             places = torch.isin(self.kept(self.labels), wanted).nonzero()[:, 0]
             numbers = places if self.left is None else self.left[places]
-        found = []
         for start in range(0, len(self) if places is None else len(places), ROWS):
             piece = slice(start, start + ROWS)
-            rows = self.rows[piece] if numbers is None else self.rows[numbers[piece]]
-            scores, its_rows = nearest_neighbors(
-                queries, rows, min(k, len(rows)), block_size=_BLOCK
-            )
-            found.append((scores, its_rows + start if places is None else places[piece][its_rows]))
-            if self.mapped is not None:
-                span = piece if numbers is None else _span(numbers[piece])
-                self.mapped.release(self.rows[span])
-        return found
+            if numbers is None or places is None:
+                rows, of_rows = self.rows[piece], lengths[piece]
+                yield rows, of_rows, torch.arange(start, start + len(rows))
+                self._release(piece)
+            else:
+                yield self.rows[numbers[piece]], lengths[numbers[piece]], places[piece]
+                self._release(slice(int(numbers[piece][0]), int(numbers[piece][-1]) + 1))
+
+    def _all_lengths(self) -> Tensor:
+        """Of each row, near 1: found once, as dividing the rows takes longer than a query."""
+        if self._lengths is None:
+            self._lengths = torch.ones(len(self.rows))
+            for start in range(0, len(self.rows), ROWS):
+                piece = slice(start, start + ROWS)
+                blocks = self.rows[piece].split(_BLOCK)
+                lengths = torch.cat([row_norms(block.float()) for block in blocks])
+                if not lengths.isfinite().all():
+                    _checks.check_finite("embeddings", self.rows[piece], first_row=start)
+                self._lengths[piece] = lengths.where(lengths > 0, 1)
+                self._release(piece)
+        return self._lengths
+
+    def _release(self, piece: slice) -> None:
+        if self.mapped is not None:
+            self.mapped.release(self.rows[piece])
 
 
 def labels_of(segments: Sequence[Segment]) -> Tensor | None:
@@ -105,26 +122,30 @@ def paths_of(segments: Sequence[Segment]) -> list[str | None] | None:
     return [path for segment in segments for path in segment.kept_paths()]
 
 
-def _span(numbers: Tensor) -> slice:
-    return slice(int(numbers[0]), int(numbers[-1]) + 1)
-
-
 def nearest(
     segments: Sequence[Segment], queries: Tensor, k: int, wanted: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The k nearest of all segments: scores, descending, and places in the index."""
-    scores = torch.zeros(len(queries), 0)
-    indices = torch.zeros(len(queries), 0, dtype=torch.int64)
+    parts = unit_rows(queries).split(_QUERIES)
+    best = [(part.new_zeros(len(part), 0), torch.zeros(len(part), 0).long()) for part in parts]
+    # One for all blocks: the system takes longer to hand out memory than a query takes.
+    buffer = parts[0].new_empty(_BLOCK, queries.shape[1])
     first = 0
     # Scores of bfloat16 under somebody's autocast would not be cosines of what is stored.
     with torch.autocast("cpu", enabled=False):
         for segment in segments:
-            for its_scores, places in segment.nearest(queries, k, wanted):
-                # Stable, so that of equal scores the first image is kept.
-                scores, order = torch.cat([scores, its_scores], dim=1).sort(
-                    dim=1, descending=True, stable=True
-                )
-                indices = torch.cat([indices, places + first], dim=1).gather(1, order)
-                scores, indices = scores[:, :k], indices[:, :k]
+            for rows, lengths, places in segment.pieces(wanted):
+                for start in range(0, len(rows), _BLOCK):
+                    block = slice(start, start + _BLOCK)
+                    these = buffer[: len(rows[block])].copy_(rows[block])
+                    for number, part in enumerate(parts):
+                        scores, indices = best[number]
+                        new, columns = highest((part @ these.T).div_(lengths[block]), k)
+                        # Of equal scores the first image is kept.
+                        scores, order = highest(torch.cat([scores, new], dim=1), k)
+                        new_indices = places[block][columns] + first
+                        indices = torch.cat([indices, new_indices], dim=1).gather(1, order)
+                        best[number] = scores, indices
             first += len(segment)
-    return scores, indices
+    all_scores, all_indices = zip(*best, strict=True)
+    return torch.cat(all_scores).clamp_(-1, 1), torch.cat(all_indices)

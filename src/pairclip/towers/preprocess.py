@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,9 @@ from pairclip.datasets.rgb import as_rgb
 # What no tower was trained on: bytes that were never, or twice, divided by 255.
 _MOST, _LEAST_RANGE = 100.0, 0.1
 _PIXELS_AT_ONCE = 16 * 224 * 224
+# The image processors that compute in PyTorch, by the class they share in transformers 5 and 4.
+_IN_TORCH = {"TorchvisionBackend", "BaseImageProcessorFast"}
+_LEVELS = 2  # of 256, that what another device computes may be off
 
 
 class Preprocess:
@@ -68,6 +71,42 @@ class Preprocess:
             values += self.transform(images=piece, return_tensors="pt")["pixel_values"]
         return values
 
+    def on_device(self, images: Sequence[Tensor], device: torch.device) -> Tensor:
+        """The pixel values of images that are bytes already, computed on a device.
+
+        Args:
+            images: RGB as a person sees it, uint8 ``[3, H, W]`` each.
+            device: Where to resize and normalise.
+
+        Returns:
+            ``[B, 3, image_size, image_size]`` there: on the CPU those of a call for each image, and
+            on another device at most two of 256 levels off, which `check_device` sees to.
+        """
+        sent = [image.to(device, non_blocking=True) for image in images]
+        values: Tensor = self.transform(
+            images=sent, device=device, input_data_format="channels_first", return_tensors="pt"
+        )["pixel_values"]
+        return values
+
+    def check_device(self, device: torch.device) -> None:
+        """Raise a ValueError unless `on_device` computes there what a call does."""
+        if not any(kind.__name__ in _IN_TORCH for kind in type(self.transform).__mro__):
+            raise ValueError(
+                "`on_device` needs an image processor of transformers that computes in PyTorch, "
+                f"and the tower's preprocessing is {type(self.transform).__name__}. Leave "
+                "`on_device` out."
+            )
+        size = self(noise_image()).shape[-1]
+        for image in (noise_image(), noise_image(2 * size + 1, 3 * size)):
+            here, there = self(image), self.on_device([as_bytes(image)], device)[0].cpu()
+            level = float(here.max() - here.min()) / 255
+            furthest = float((here - there).abs().max()) / level
+            if furthest > _LEVELS:
+                raise ValueError(
+                    f"`on_device` would give the tower other pixel values: on {device} they are "
+                    f"off by {furthest:.1f} of 256 levels. Leave `on_device` out."
+                )
+
     def check_steady(self) -> None:
         """Raise a ValueError if it draws at random, so that an image has many embeddings."""
         if self.fixed:
@@ -111,12 +150,17 @@ class Preprocess:
         return image if image.mode == "RGB" and not image.info else as_rgb(image)
 
 
-def noise_image() -> Image.Image:
+def as_bytes(image: Image.Image) -> Tensor:
+    """An RGB image as uint8 ``[3, H, W]``."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def noise_image(height: int = 48, width: int = 48) -> Image.Image:
     """An image with all values of eight bits, the same each time.
 
     It is square: a preprocess may leave it to the images to be of the tower's size.
     """
-    values = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
+    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(values)
 
 
