@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 from pairclip import Evaluation, History, evaluate_embeddings
 from pairclip.evaluation.showing import similarity_order, with_clearest_classes
 from pairclip.plots import (
+    drawing,
     plot_class_similarity,
     plot_history,
     plot_pair_histogram,
@@ -244,3 +246,19 @@ def test_without_matplotlib_the_error_says_what_to_install() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pip install pairclip[plot]" in run.stdout
+
+
+def test_names_in_any_script_and_undecodable_ones_are_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluation = evaluate_embeddings(torch.eye(4), [0, 0, 1, 1], class_names=["c\udc80t", "猫"])
+    monkeypatch.setattr(drawing, "east_asian_fonts", lambda: [])
+    with pytest.warns(UserWarning, match="no font, and are drawn as boxes") as said:
+        figure = plot_class_similarity(evaluation, path=tmp_path / "boxes.png")
+    assert len(said) == 1
+    assert "c?t" in [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    monkeypatch.setattr(drawing, "east_asian_fonts", lambda: ["DejaVu Serif"])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # that font has none, either
+        figure = plot_class_similarity(evaluation, path=tmp_path / "fonts.png")
+    assert "DejaVu Serif" in figure.axes[0].get_xticklabels()[0].get_fontfamily()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -11,6 +12,12 @@ if TYPE_CHECKING:
 # Okabe and Ito's blue and vermilion, which colour-blind readers tell apart.
 SAME_COLOR = "#0072b2"
 DIFFERENT_COLOR = "#d55e00"
+_EAST_ASIAN = {
+    *("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans CJK KR", "Source Han Sans"),
+    *("WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Droid Sans Fallback", "IPAexGothic"),
+    *("Hiragino Sans", "PingFang SC", "Heiti TC", "Apple SD Gothic Neo", "Arial Unicode MS"),
+    *("Yu Gothic", "Microsoft YaHei", "SimHei", "Malgun Gothic"),
+}
 
 
 def new_figure(
@@ -28,12 +35,34 @@ def new_figure(
 
 def shortened(name: str, length: int) -> str:
     """A name on one line, cut to a length."""
-    name = " ".join(str(name).split())
+    # Lone surrogates, which undecodable folder names have, can't be drawn.
+    name = " ".join(str(name).encode("utf-8", "replace").decode("utf-8").split())
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
 def saved(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
-    """The figure, saved where there is a path."""
-    if path is not None:
-        figure.savefig(path)
+    """The figure, saved where there is a path; with a font for scripts of East Asia."""
+    from matplotlib.text import Text
+
+    texts = [text for text in figure.findobj(Text) if isinstance(text, Text)]
+    fonts = east_asian_fonts()
+    for text in texts:
+        text.set_fontfamily([*text.get_fontfamily(), *fonts])
+    with warnings.catch_warnings():
+        if not fonts and any(char >= "\u2e80" for text in texts for char in text.get_text()):
+            warnings.warn(
+                "Some names are in a script for which this machine has no font, and are drawn as "
+                "boxes: install one, such as Noto Sans CJK.",
+                stacklevel=3,
+            )
+            warnings.filterwarnings("ignore", "Glyph .* missing from")  # once is enough
+        if path is not None:
+            figure.savefig(path)
     return figure
+
+
+def east_asian_fonts() -> list[str]:
+    """Which fonts with Chinese, Japanese or Korean characters the machine has."""
+    from matplotlib.font_manager import fontManager
+
+    return sorted({font.name for font in fontManager.ttflist} & _EAST_ASIAN)
