@@ -87,7 +87,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     args.model = str(OFFLINE / "tower")
     for name, value in OFFLINE_SETTINGS.items():
         epochs_given = name == "max_steps" and args.epochs != parser.get_default("epochs")
-        if getattr(args, name) == parser.get_default(name) and not epochs_given:
+        of_recipe = args.compare and name in ("max_steps", "batch_size")
+        if getattr(args, name) == parser.get_default(name) and not (epochs_given or of_recipe):
             setattr(args, name, value)
     return args
 

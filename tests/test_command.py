@@ -1,18 +1,26 @@
 """The `pairclip` command, called within this process."""
 
+import argparse
 import csv
 import json
+import shutil
+import signal
 import subprocess
 import sys
+import time
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.testing import assert_close
 from transformers import CLIPVisionModelWithProjection
 
 import pairclip
 from pairclip.command import main
+from pairclip.command.outputs import open_run
 from pairclip.command.running import obey, parser
 from pairclip.evaluation import Change
 from pairclip.recipes import RecipeComparison, RecipeResult
@@ -193,64 +201,182 @@ def test_index_and_search(
     assert "Nothing." in capsys.readouterr().out
 
 
-def test_check_finds_planted_faults(
+def test_evaluate_searches_a_gallery(
     folder: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    generator = np.random.default_rng(1)
-    train, test = tmp_path / "all" / "train", tmp_path / "all" / "test"
-    (tmp_path / "all").mkdir()
-    folder.rename(train)
-    for color, name in enumerate(["ant", "bee"]):
-        (test / name).mkdir(parents=True)
-        for i in range(3):
-            picture(color, generator).save(test / name / f"{i}.png")
-    (train / "ant" / "cut.png").write_bytes((train / "ant" / "0.png").read_bytes()[:200])
-    with Image.open(train / "bee" / "1.png") as image:
-        image.resize((60, 60)).save(train / "bee" / "copy.jpg", quality=95)
-        image.save(train / "cat" / "also.png")
-    with Image.open(train / "cat" / "2.png") as image:
-        image.save(train / "cat" / "twice.png")
-    with Image.open(train / "ant" / "3.png") as image:
-        image.save(test / "ant" / "leak.png")
-    picture(0, generator).resize((400, 20)).save(train / "ant" / "long.png")
-    picture(0, generator).resize((9, 9)).save(train / "ant" / "tiny.png")
-    picture(0, generator).convert("CMYK").save(train / "ant" / "print.jpg")
-    Image.new("RGB", (30, 30), "blue").save(train / "cat" / "flat.png")
-    (train / "dog").mkdir()
-    picture(1, generator).save(train / "dog" / "one.png")
-    (train / "Ant ").mkdir()
-    for i in range(2):
-        picture(0, generator).save(train / "Ant " / f"{i}.png")
-    frames = [picture(2, generator) for _ in range(3)]
-    frames[0].save(train / "cat" / "moves.webp", save_all=True, append_images=frames[1:])
+    parts = tmp_path / "parts"
+    for part, wanted in (("test", "[0-3].png"), ("train", "[4-9].png")):
+        for path in folder.glob(f"*/{wanted}"):
+            (parts / part / path.parent.name).mkdir(parents=True, exist_ok=True)
+            path.rename(parts / part / path.parent.name / path.name)
+    evaluate = ("evaluate", model, parts)
+    assert run(*evaluate) == 1
+    assert "has train and test: choose one, --split test" in capsys.readouterr().err
+    assert run(*evaluate, "--split", "val") == 1
+    assert "has no part 'val': train and test" in capsys.readouterr().err
+    options = ("--split", "test", "--gallery", parts, "--gallery-split", "train")
+    assert run(*evaluate, *options, "--output", tmp_path / "out", "--json") == 0
+    metrics = json.loads(capsys.readouterr().out)
+    tower = pairclip.load_tower(model)
+    test, train = (pairclip.LabelledImages(parts / part) for part in ("test", "train"))
+    expected = pairclip.evaluate(tower, test, train)
+    assert metrics["mean_average_precision"] == pytest.approx(expected.mean_average_precision)
+    assert "among 18 of a gallery" in (tmp_path / "out" / "report.html").read_text()
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["gallery"]["images"] == 18
 
-    clean, output = tmp_path / "clean.csv", tmp_path / "out"
-    assert run("check", tmp_path / "all", "--output", output, "--write-clean", clean, "--json") == 0
-    found = json.loads(capsys.readouterr().out)["problems"]
-    names = {
-        title: sorted({Path(image).name for problem in problems for image in problem["images"]})
-        for title, problems in found.items()
-    }
-    assert names["Images that can't be read"] == ["cut.png"]
-    assert names["The same image in different classes"] == ["1.png", "also.png", "copy.jpg"]
-    assert names["The same image in train and test"] == ["3.png", "leak.png"]
-    assert names["Copies within a part"] == ["2.png", "twice.png"]
-    assert names["Very long images"] == ["long.png"]
-    assert names["Tiny images"] == ["tiny.png"]
-    assert names["Images of unusual modes"] == ["print.jpg"]
-    assert names["Images of one colour"] == ["flat.png"]
-    assert names["Classes of one image"] == ["one.png"]
-    assert names["Files of several images"] == ["moves.webp"]
-    alone = {problem["detail"] for problem in found["Classes that are in one part alone"]}
-    assert {"cat is not in test", "dog is not in test"} <= alone
-    (alike,) = found["Classes of nearly the same name"]
-    assert alike["detail"] == "'Ant ', 'ant'"
+
+def test_evaluate_takes_queries_gallery_and_exclude_from_columns_of_a_table(
+    folder: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = sorted(folder.rglob("*.png"))
+    rows = [(path, path.parent.name, i % 3 == 0, i % 3 > 0, i % 2) for i, path in enumerate(paths)]
+    with (tmp_path / "table.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "label", "is_query", "is_gallery", "camera"])
+        table.writerows(rows)
+    options = ("--split", "is_query", "--gallery", tmp_path / "table.csv")
+    options = (*options, "--gallery-split", "is_gallery", "--exclude", "camera", "--json")
+    assert run("evaluate", model, tmp_path / "table.csv", *options) == 0
+    metrics = json.loads(capsys.readouterr().out)
+    parts = [[row for row in rows if row[column]] for column in (2, 3)]
+    queries, gallery = (([str(row[0]) for row in p], [row[1] for row in p]) for p in parts)
+    expected = pairclip.evaluate(
+        pairclip.load_tower(model),
+        queries,
+        gallery,
+        exclude=tuple([row[4] for row in p] for p in parts),
+    )
+    assert metrics["mean_average_precision"] == pytest.approx(expected.mean_average_precision)
+    assert metrics["num_images"] == 10
+
+
+def test_evaluate_says_from_where_on_images_are_called_one_class(
+    folder: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("evaluate", model, folder, "--false-match-rate", 0.05, "--json") == 0
+    printed, said = capsys.readouterr()
+    images = pairclip.LabelledImages(folder)
+    embeddings = pairclip.embed_images(pairclip.load_tower(model), images)
+    chosen = pairclip.choose_threshold(embeddings, images.labels, false_match_rate=0.05)
+    found = json.loads(printed)["threshold"]
+    assert found["threshold"] == pytest.approx(chosen.threshold)
+    assert found["false_match_rate"] <= 0.05
+    assert f"From a cosine of {chosen.threshold:.3f} on, {chosen.false_match_rate:.2%} of" in said
+
+
+def test_evaluate_says_where_the_images_were_trained_on(
+    folder: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = {"train": {"images": 24}, "test": {"images": 6}}
+    args = argparse.Namespace(data=folder, overwrite=False, subcommand="pairclip tune")
+    open_run(tmp_path / "run", args, (), data=facts)
+    shutil.copytree(model, tmp_path / "run" / "tower")
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")  # the command prints them
+        assert run("evaluate", tmp_path / "run" / "tower", folder) == 0
+    said = capsys.readouterr().err
+    assert said.startswith(f"warning: MODEL was tuned on 24 of the images of '{folder}', so these")
+    folder.rename(tmp_path / "other")
+    assert run("evaluate", tmp_path / "run" / "tower", tmp_path / "other") == 0
+    assert "tuned on" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_export_writes_what_computes_the_same(
+    dtype: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (3, 30, 20, 3), dtype=np.uint8)
+    expected = pairclip.embed_images(pairclip.load_tower(model), images)
+    tolerance = {"float32": 1e-5, "float16": 2e-2}[dtype]
+    export = ("export", model, "--dtype", dtype, "--json", "--to")
+    folder = tmp_path / "a" / "folder"
+    assert run(*export, "sentence-transformers", "--output", folder) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["parity"]["largest_difference"] <= tolerance
+    assert (folder / "modules.json").is_file()
+    written = pairclip.embed_images(pairclip.load_tower(folder), images)
+    assert_close(written, expected, atol=tolerance, rtol=0)
+    if dtype == "float16":
+        assert CLIPVisionModelWithProjection.from_pretrained(folder).dtype == torch.float16
+    assert run(*export, "transformers", "--output", folder) == 1
+    assert "is there already. Give another place, or --overwrite" in capsys.readouterr().err
+
+    assert run(*export, "onnx", "--output", tmp_path / "b" / "tower.onnx") == 0
+    assert json.loads(capsys.readouterr().out)["dtype"] == dtype
+    assert (tmp_path / "b" / "tower.onnx").is_file()
+    for to, path, message in (
+        ("timm", "t", "--to timm needs a model of timm, and MODEL is of transformers"),
+        ("onnx", "t", "must be a file that ends with .onnx"),
+        ("transformers", "t.onnx", "must be a folder, for --to transformers"),
+        ("onnx", "b/tower.onnx", "is there already"),
+    ):
+        assert run(*export, to, "--output", tmp_path / path) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_check_prints_and_writes_what_was_found(
+    folder: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "ant" / "cut.png").write_bytes((folder / "ant" / "0.png").read_bytes()[:200])
+    with Image.open(folder / "cat" / "2.png") as image:
+        image.save(folder / "cat" / "twice.png")
+    clean, output = tmp_path / "new" / "clean.csv", tmp_path / "out"
+    options = ("--model", model, "--output", output, "--write-clean", clean, "--doubtful", -9)
+    assert run("check", folder, *options) == 0
+    said = capsys.readouterr().out
+    assert "all: 32 images, 10 to 11 of each of 3 classes." in said
+    assert "Images that can't be read: 1" in said
+    assert "Labels that may be wrong: 31" in said
+    assert "  and 21 more" in said
+    assert "30 of 32 images are in" in said
     page = (output / "check.html").read_text()
-    assert "The same image in train and test: 1" in page
+    assert "Copies within a part: 1" in page
+    assert "At most one of the labels is right" not in page
     rows = list(csv.DictReader(clean.read_text().splitlines()))
-    kept = {Path(row["image"]).name for row in rows if row["split"] == "train"}
-    assert not kept & {"cut.png", "also.png", "copy.jpg", "twice.png"}
-    assert "leak.png" in {Path(row["image"]).name for row in rows if row["split"] == "test"}
+    assert len(rows) == 30
+    assert all(float(row["doubt"]) >= -9 for row in rows)
+    assert run("check", clean, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["problems"] == {}
+
+
+@pytest.mark.parametrize("subcommand", ["index", "tune"])
+def test_a_real_ctrl_c_is_one_line(
+    subcommand: str, folder: Path, model: Path, tmp_path: Path
+) -> None:
+    """Sent when the work has begun; what was written before is whole."""
+    arguments, begun = {
+        "index": (["index", model, folder, "--output", tmp_path / "out"], "30 images in"),
+        "tune": (
+            [
+                *("tune", folder, "--model", model, "--output", tmp_path / "out", "--resume"),
+                *("--batch-size", 8, "--max-steps", 100_000),
+            ],
+            "Fine-tuning with a rate",
+        ),
+    }[subcommand]
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "pairclip", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if begun in line:
+            break
+    time.sleep(0.2 * (subcommand == "tune"))
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    lines = [line for line in said.splitlines() if line and "warning" not in line]
+    assert lines[-1].startswith("Interrupted.")
+    if subcommand == "tune":
+        assert lines[-1].endswith("The same command continues from the last checkpoint.")
+        assert json.loads((tmp_path / "out" / "run.json").read_text())["arguments"]["resume"]
+        assert pairclip.newest_checkpoint(tmp_path / "out" / "checkpoints") is not None
+    else:
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -268,13 +394,20 @@ def test_check_finds_planted_faults(
         (["tune", "{folder}", "--keep", "x", "--recipe", "plain"], "--keep x would be ignored"),
         (["tune", "{folder}", "--keep", "nowhere"], "--keep 'nowhere' does not exist"),
         (["tune", "{folder}", "--blend", "0"], "--blend 0 would leave the tower as it is"),
-        (["tune", "{folder}", "--pairs", "sampled", "--compare"], "leave out --pairs sampled"),
+        (["tune", "{folder}", "--pairs", "sampled", "--compare"], "--pairs sampled would be"),
+        (["tune", "{folder}", "--blend", "0.5", "--compare"], "--blend 0.5 would be ignored"),
+        (["tune", "{folder}", "--compare-steps", "9"], "there is no --compare"),
         (
             ["tune", "{folder}", "--pairs", "sampled", "--preserve-embeddings", "1"],
             "--preserve-embeddings 1 needs all pairs of a batch",
         ),
         (["tune", "{folder}", "--hold-out-classes", "wasp"], "--hold-out-classes has ['wasp']"),
         (["tune", "{folder}", "--hold-out-classes", "ant,bee,cat"], "leaves no class to train on"),
+        (["evaluate", "{folder}", "{folder}"], "MODEL '{folder}' has no config.json"),
+        (["evaluate", "x", "{folder}", "--gallery-split", "a"], "there is no --gallery"),
+        (["check", "{folder}", "--overwrite"], "--overwrite would be ignored"),
+        (["check", "{folder}", "--write-clean", "a.txt"], "must be a file that ends in .csv"),
+        (["index", "x", "nowhere", "--output", "y"], "FOLDER 'nowhere' does not exist"),
         (["search", "{folder}", "{folder}/ant/0.png"], "INDEX '{folder}' is no index"),
     ],
 )

@@ -22,6 +22,7 @@ from pairclip import (
     evaluate_embeddings,
 )
 from pairclip.report import write_report, write_search_report
+from pairclip.report.alike import highlighted
 from pairclip.report.charts import _axes, _Frame
 from pairclip.report.colors import heat_styles
 from pairclip.report.gallery import _shared_out
@@ -258,6 +259,48 @@ def test_other_images_are_refused(evaluations: tuple[Evaluation, ...], tmp_path:
     with pytest.raises(ValueError, match="`dataset` must be the evaluated one, got 79 images"):
         write_report(tmp_path, before, after, dataset=(pictures(79), after.labels[:79]))
     assert not list(tmp_path.iterdir())
+
+
+def test_queries_find_images_of_a_gallery(tower: VisionTower, tmp_path: Path) -> None:
+    images, names = pictures(12), [f"class {i}" for i in [2, 0, 1] * 4]
+    queries, gallery = (images[:4], names[:4]), (images[4:], [*names[4:11], "none of these"])
+    evaluation = evaluate(tower, queries, gallery)
+    path = write_report(tmp_path, None, evaluation, dataset=queries, gallery=gallery, tower=tower)
+    page = Page(path)
+    assert "On 4 images, searched for among 8 of a gallery, together of 4 classes" in page.text()
+    assert "Search: each image in the gallery" in page.text()
+    captions = [each["aria-label"] for each in page.all("svg") if each.get("class") == "thumb"]
+    shown = [each for each in captions if not each.startswith("query: ")]
+    assert len(shown) == 4 * 5
+    for caption in shown:
+        name, number = re.fullmatch("(?:right|wrong): (.*), image (.*)", caption).groups()
+        assert name == gallery[1][int(number)]
+    assert "none of these" in page.text()
+    # The picture of image 0 of the gallery is not that of query 0.
+    stored = [each["href"] for each in page.all("image")]
+    assert len(set(stored)) == len(stored) == len({each["id"] for each in page.all("symbol")})
+    with pytest.raises(ValueError, match="`gallery` must be there if the evaluation has one"):
+        write_report(tmp_path, None, evaluation, dataset=queries)
+    with pytest.raises(ValueError, match="`gallery` must be the evaluated one, got 4 images"):
+        write_report(tmp_path, None, evaluation, dataset=queries, gallery=queries)
+
+
+def test_the_parts_that_make_classes_alike_are_shown(tower: VisionTower, tmp_path: Path) -> None:
+    data = (pictures(8), [0, 1] * 4)
+    evaluation = evaluate(tower, data)
+    page = Page(write_report(tmp_path, None, evaluation, dataset=data, tower=tower))
+    assert "0 and 1: similarity " in page.text() or "1 and 0: similarity " in page.text()
+    shown = [each["alt"] for each in page.all("img")]
+    assert len(shown) == 4
+    assert shown[1] == f"{shown[0]}: the parts that count"
+    falls = np.zeros((2, 3))
+    falls[0, 2] = 0.5
+    image = Image.new("RGB", (300, 200), (200, 100, 50))
+    bright = np.asarray(highlighted(image, falls))
+    assert bright[20, 280].tolist() == [200, 100, 50]
+    assert bright[180, 20].max() <= 40
+    with pytest.raises(ValueError, match="`tower` would be ignored: give the `dataset`"):
+        write_report(tmp_path, None, evaluation, tower=tower)
 
 
 def test_features_are_not_shown_as_images(tower: VisionTower, tmp_path: Path) -> None:

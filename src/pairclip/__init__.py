@@ -28,6 +28,9 @@ if TYPE_CHECKING:
         best_checkpoint as best_checkpoint,
         newest_checkpoint as newest_checkpoint,
     )
+    from pairclip.collection import (
+        check_collection as check_collection,
+    )
     from pairclip.datasets import (
         LabelledImages as LabelledImages,
         TableDataset as TableDataset,
@@ -89,6 +92,7 @@ if TYPE_CHECKING:
         tune as tune,
     )
     from pairclip.report import (
+        write_check_report as write_check_report,
         write_report as write_report,
         write_search_report as write_search_report,
     )
@@ -102,6 +106,9 @@ if TYPE_CHECKING:
         r_precision as r_precision,
         recall_at_k as recall_at_k,
         retrieval_figures as retrieval_figures,
+    )
+    from pairclip.saliency import (
+        occlusion_saliency as occlusion_saliency,
     )
     from pairclip.samplers import (
         ClassBalancedSampler as ClassBalancedSampler,
@@ -150,8 +157,10 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
     "datasets": ("LabelledImages", "TableDataset", "check_images", "class_names_of", "labels_of"),
     "towers": ("VisionTower", "interpolate", "layer_decay", "load_tower"),
     "embedding": ("embed_images",),
+    "saliency": ("occlusion_saliency",),
     "features": ("CachedFeatures", "cache_features"),
     "evaluation": ("Evaluation", "choose_threshold", "evaluate", "evaluate_embeddings"),
+    "collection": ("check_collection",),
     "alignment": ("Alignment", "align"),
     "history": ("History",),
     "checkpoints": ("Checkpoint", "best_checkpoint", "newest_checkpoint"),
@@ -181,7 +190,7 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
         "plot_retrieval",
         "plot_similarity_matrix",
     ),
-    "report": ("write_report", "write_search_report"),
+    "report": ("write_check_report", "write_report", "write_search_report"),
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 

@@ -34,6 +34,7 @@ TINY = {
     "'PML metrics'",
     "towers": "--check --only CLIP",
     "samplers": "--labels 4000 --many 8000 --pass-seconds 0.01",
+    "suspects": "--per-class 12 --seeds 1 --share 0.2",
     "thresholds": "--splits 2 --classes 12 --rates 0.1",
 }
 

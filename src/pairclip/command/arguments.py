@@ -68,7 +68,7 @@ def add_model(parser: argparse.ArgumentParser, flag: str, meaning: str, **option
     """Let the parser take a tower."""
     parser.add_argument(
         flag,
-        help=f"{meaning}: a folder that transformers or pairclip saved, or a Hugging Face id",
+        help=f"{meaning}: a folder of transformers, open_clip or timm, or a Hugging Face id",
         **options,  # type: ignore[arg-type]
     )
 

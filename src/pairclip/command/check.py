@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from pairclip.command import data, outputs
 from pairclip.command.arguments import (
@@ -22,9 +17,6 @@ from pairclip.command.arguments import (
     number,
 )
 from pairclip.command.models import load_model
-
-if TYPE_CHECKING:
-    from pairclip.command.collection import Check
 
 RESULTS = ("check.html", "check.json")
 
@@ -72,7 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Do what the arguments say."""
-    from pairclip.command.checking import check_collection
+    import pairclip
+    from pairclip.report import write_check_report
 
     if args.overwrite and args.output is None:
         raise ValueError("--overwrite would be ignored: there is no --output.")
@@ -84,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     tower = None if args.model is None else load_model("--model", args.model)
     if args.output is not None:
         outputs.open_run(args.output, args, RESULTS)
-    check = check_collection(
+    check = pairclip.check_collection(
         parts,
         tower,
         same_image=args.same_image,
@@ -92,59 +85,16 @@ def run(args: argparse.Namespace) -> None:
         batch_size=args.embed_batch_size,
         num_workers=args.num_workers,
     )
-    say(check, file)
+    print(check.to_text(), file=file)
     if tower is None:
         print("\nLabels were not looked at: that needs a --model.", file=file)
     if args.output is not None:
-        from pairclip.report.check_page import write_check_report
-
         outputs.write_json(args.output / "check.json", check.to_dict())
-        note = f"The images of {args.data}."
-        print(f"\nTo look at: {write_check_report(args.output, check, note=note)}", file=file)
+        page = write_check_report(args.output, check, note=f"The images of {args.data}.")
+        print(f"\nTo look at: {page}", file=file)
     if clean is not None:
-        outputs.write_text(clean, clean_table(check))
-        left = len(check.items) - len(check.drop)
+        clean.parent.mkdir(parents=True, exist_ok=True)
+        left = check.write_clean(clean)
         print(f"\n{left:,} of {len(check.items):,} images are in {clean}.", file=file)
     if args.json:
         print(json.dumps(check.to_dict()))
-
-
-def say(check: Check, file: Any, most: int = 10) -> None:
-    """Print what was found."""
-    found = check.to_dict()
-    for part, classes in found["classes"].items():
-        counts = list(classes.values())
-        print(
-            f"{part}: {sum(counts):,} images of {len(counts):,} classes, {min(counts):,} to "
-            f"{max(counts):,} of each.",
-            file=file,
-        )
-    sizes = [item.size for item in check.items if item.problem is None]
-    if sizes:
-        shorter = np.min(sizes, axis=1)
-        print(
-            f"The shorter sides have {shorter.min()} to {shorter.max()} pixels, "
-            f"{np.median(shorter):.0f} in the middle.",
-            file=file,
-        )
-    for title, problems in found["problems"].items():
-        print(f"\n{title}: {len(problems):,}", file=file)
-        for problem in problems[:most]:
-            print(f"  {': '.join([problem['detail'], *problem['images'][:4]])}", file=file)
-        if len(problems) > most:
-            print(f"  and {len(problems) - most:,} more", file=file)
-    if not found["problems"]:
-        print("\nNothing to look at.", file=file)
-
-
-def clean_table(check: Check) -> str:
-    """The images that are left, as a CSV table of absolute paths."""
-    file = io.StringIO()
-    table = csv.writer(file, lineterminator="\n")
-    table.writerow(["image", "label", "split", "doubt"])
-    for place, item in enumerate(check.items):
-        if place not in check.drop and item.path is not None:
-            doubt = check.suspicion[place]
-            row = [Path(item.path).resolve(), item.class_name, item.part]
-            table.writerow([*row, "" if np.isnan(doubt) else f"{doubt:.3f}"])
-    return file.getvalue()

@@ -37,13 +37,16 @@ class Split:
     said: str
 
 
-def open_images(name: str, path: Path, args: argparse.Namespace) -> pairclip.LabelledImages:
+def open_images(
+    name: str, path: Path, args: argparse.Namespace, split: str | None = None
+) -> pairclip.LabelledImages:
     """A labelled dataset.
 
     Args:
         name: What the path is called on the command line.
         path: A folder of class folders, or a table.
         args: With the columns of a table.
+        split: Which of its parts; None where it has none.
 
     Returns:
         The images.
@@ -53,16 +56,22 @@ def open_images(name: str, path: Path, args: argparse.Namespace) -> pairclip.Lab
         FileNotFoundError: If there is nothing.
     """
     _check(name, path)
+    if split is not None and path.is_file():
+        return pairclip.LabelledImages(_table(path, args, split))
+    parts = [*_table_parts(path, args)] if path.is_file() else _parts(path)
+    if split is not None and split not in parts:
+        raise ValueError(f"{name} '{path}' has no part {split!r}: {' and '.join(parts) or 'none'}.")
+    if split is None and len(parts) > 1:
+        flag = "--gallery-split" if name == "--gallery" else "--split"
+        raise ValueError(
+            f"{name} '{path}' has {' and '.join(parts)}: choose one, {flag} {parts[-1]} for "
+            "instance."
+        )
     if path.is_file():
         return pairclip.LabelledImages(_table(path, args))
-    parts = _parts(path)
-    if parts:
-        raise ValueError(
-            f"{name} '{path}' has {' and '.join(parts)}: give one of them, '{path / parts[0]}' "
-            "for instance."
-        )
-    _check_classes(name, path)
-    return pairclip.LabelledImages(str(path))
+    folder = path / (split or (parts[0] if parts else ""))
+    _check_classes(name, folder)
+    return pairclip.LabelledImages(str(folder))
 
 
 def open_split(name: str, path: Path, args: argparse.Namespace) -> Split:
@@ -97,7 +106,7 @@ def open_parts(
     parts = _parts(path)
     if not parts:
         return {"all": open_images(name, path, args)}
-    return {part: open_images(name, path / part, args) for part in parts}
+    return {part: open_images(name, path, args, part) for part in parts}
 
 
 def divide(train: Any, test: Any, said: str, args: argparse.Namespace) -> Split:
@@ -119,9 +128,18 @@ def divide(train: Any, test: Any, said: str, args: argparse.Namespace) -> Split:
     )
 
 
-def fingerprint(dataset: Any) -> str:
-    """A checksum of what a dataset has: names or bytes of its images, and their classes."""
+def described(dataset: Any) -> dict[str, Any]:
+    """What a run folder says of a dataset."""
     images = pairclip.LabelledImages(dataset)
+    return {
+        "images": len(images),
+        "classes": len(images.labels.unique()),
+        "checksum": _fingerprint(images),
+    }
+
+
+def _fingerprint(images: pairclip.LabelledImages) -> str:
+    """A checksum of what a dataset has: names and sizes of its files, and their classes."""
     digest = hashlib.sha256(images.labels.numpy().tobytes())
     digest.update(repr(images.class_names).encode("utf-8", "surrogatepass"))
     for index in range(len(images)):
@@ -129,7 +147,8 @@ def fingerprint(dataset: Any) -> str:
         if path is None:
             return f"{digest.hexdigest()[:16]} (labels alone)"
         size = os.stat(path).st_size if os.path.exists(path) else 0
-        digest.update(f"{path}\0{size}\0".encode("utf-8", "surrogateescape"))
+        name = os.path.join(os.path.basename(os.path.dirname(path)), os.path.basename(path))
+        digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:16]
 
 
@@ -166,8 +185,14 @@ def _check_classes(name: str, folder: Path) -> None:
 
 
 def _table(path: Path, args: argparse.Namespace, split: str | None = None) -> Any:
+    exclude = getattr(args, "exclude", None)
     return pairclip.TableDataset(
-        path, image=args.image_column, label=args.label_column, root=args.root, split=split
+        path,
+        image=args.image_column,
+        label=args.label_column,
+        root=args.root,
+        split=split,
+        columns=[] if exclude is None else [exclude],
     )
 
 

@@ -15,6 +15,7 @@ from pairclip.command.arguments import (
     add_loading,
     add_model,
     add_table_columns,
+    number,
 )
 from pairclip.command.models import load_model
 
@@ -25,7 +26,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what this subcommand takes."""
     add_model(parser, "model", "the tower", metavar="MODEL")
     parser.add_argument("data", metavar="DATA", type=Path, help=DATA_HELP)
+    parser.add_argument(
+        "--split",
+        metavar="NAME",
+        help="part of DATA: of a folder, test for instance; of a table, a value of its column "
+        "split, or a column of booleans (default: DATA has no parts)",
+    )
+    parser.add_argument(
+        "--gallery",
+        type=Path,
+        metavar="DATA",
+        help="images to search for those of DATA, whose classes are joined by name (default: each "
+        "image of DATA is searched for among the others)",
+    )
+    parser.add_argument(
+        "--gallery-split", metavar="NAME", help="part of the gallery (default: it has no parts)"
+    )
+    parser.add_argument(
+        "--exclude",
+        metavar="COLUMN",
+        help="of tables: images of a query's class that have its value in this column (a camera, "
+        "a photograph) are neither finds nor misses (default: none)",
+    )
     add_model(parser, "--against", "another tower, shown as before", metavar="ID_OR_FOLDER")
+    parser.add_argument(
+        "--false-match-rate",
+        type=number(0, 1),
+        metavar="SHARE",
+        help="also say from which cosine on two images of DATA are called one class, if this share "
+        "of the pairs of different classes may be called so: the --min-score of a search (default: "
+        "none)",
+    )
     parser.add_argument(
         "--output", type=Path, metavar="FOLDER", help="write a page there (default: print alone)"
     )
@@ -39,25 +70,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Do what the arguments say."""
+    from pairclip._files import plain
+
     if args.overwrite and args.output is None:
         raise ValueError("--overwrite would be ignored: there is no --output.")
-    images = data.open_images("DATA", args.data, args)
+    if args.gallery_split is not None and args.gallery is None:
+        raise ValueError("--gallery-split would be ignored: there is no --gallery.")
+    images = data.open_images("DATA", args.data, args, args.split)
+    gallery = None
+    if args.gallery is not None:
+        gallery = data.open_images("--gallery", args.gallery, args, args.gallery_split)
     tower = load_model("MODEL", args.model)
     if args.output is not None:
-        described = {"images": len(images), "checksum": data.fingerprint(images)}
-        outputs.open_run(args.output, args, RESULTS, tower=tower.fingerprint(), data=described)
+        facts = {"tower": tower.fingerprint(), "data": data.described(images)}
+        facts |= {} if gallery is None else {"gallery": data.described(gallery)}
+        outputs.open_run(args.output, args, RESULTS, **facts)
+    outputs.warn_if_tuned_on(args.model, args.data, args.split)
     loading = {"num_workers": args.num_workers, "batch_size": args.embed_batch_size}
+    chosen = None
+    if args.false_match_rate is not None:
+        embeddings = pairclip.embed_images(tower, images, **loading)
+        chosen = pairclip.choose_threshold(
+            embeddings, images.labels, false_match_rate=args.false_match_rate
+        )
+    options = {"gallery": gallery, "exclude": args.exclude, **loading}
     before = None
     if args.against is not None:
-        before = pairclip.evaluate(load_model("--against", args.against), images, **loading)
-    after = pairclip.evaluate(tower, images, **loading)
+        before = pairclip.evaluate(load_model("--against", args.against), images, **options)
+    after = pairclip.evaluate(tower, images, **options)
     metrics = after.to_dict()
     if before is not None:
         metrics = {"before": before.to_dict(), "after": metrics}
     file = sys.stderr if args.json else sys.stdout
     print(after.to_markdown(before), file=file)
+    if chosen is not None:
+        metrics["threshold"] = plain(chosen)
+        low, high = chosen.false_match_interval
+        print(
+            f"\nFrom a cosine of {chosen.threshold:.3f} on, {chosen.false_match_rate:.2%} of the "
+            f"pairs of different classes match ({low:.2%} to {high:.2%} on other classes like "
+            f"these), and {chosen.match_rate:.1%} of those of one class.",
+            file=file,
+        )
     if args.output is not None:
-        note = f"The images of {args.data}; the tower {args.model}"
+        note = f"The images of {args.data}"
+        note += "" if gallery is None else f", searched for in {args.gallery}"
+        note += f"; the tower {args.model}"
         note += f", and before it {args.against}." if args.against else "."
         outputs.write_json(args.output / "metrics.json", metrics)
         page = pairclip.write_report(
@@ -65,6 +123,8 @@ def run(args: argparse.Namespace) -> None:
             before,
             after,
             dataset=images,
+            gallery=gallery,
+            tower=tower,
             title="Two towers compared" if before is not None else None,
             note=note,
         )

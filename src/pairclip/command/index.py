@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +86,8 @@ def index_of(
         except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
             print(f"Indexing anew, since the saved index can't be used. {error}", file=file)
         (saved / CONTENTS).unlink()
-    unreadable = problems_of(list(files))
+    problems = pairclip.check_images(([*files], [0] * len(files)), num_workers=args.num_workers)
+    unreadable = {str(problem.path): problem.reason for problem in problems}
     _say_unreadable(unreadable, file)
     readable = [path for path in files if path not in unreadable]
     if not readable:
@@ -108,22 +108,6 @@ def read_contents(saved: Path) -> dict[str, Any]:
     if not isinstance(contents, dict):
         raise ValueError(f"'{saved / CONTENTS}' is damaged.")
     return contents
-
-
-def problems_of(paths: list[str]) -> dict[str, str]:
-    """What is wrong with each image that can't be read."""
-    images = pairclip.LabelledImages((paths, [0] * len(paths)))
-
-    def problem_of(number: int) -> str | None:
-        try:
-            _ = images[number]
-        except ValueError as error:
-            return str(error.__cause__ or error)
-        return None
-
-    with ThreadPoolExecutor() as pool:
-        problems = pool.map(problem_of, range(len(paths)))
-        return {path: problem for path, problem in zip(paths, problems, strict=True) if problem}
 
 
 def _say_unreadable(problems: dict[str, str], file: Any) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import shutil
 import time
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,7 @@ def open_run(
     run = {
         "made": time.strftime("%Y-%m-%d %H:%M:%S"),
         "command": args.subcommand,
+        "folder": os.getcwd(),
         "arguments": {
             key: str(value) if isinstance(value, Path) else value
             for key, value in vars(args).items()
@@ -67,18 +70,28 @@ def open_run(
     return run
 
 
+def warn_if_tuned_on(model: str, data: Path, part: str | None) -> None:
+    """Warn where the tower of a run is about to be evaluated on images that it was tuned on."""
+    try:
+        run = json.loads((Path(model).parent / RUN).read_text(encoding="utf-8"))
+        whole = Path(run["folder"], run["arguments"]["data"]).resolve()
+        split = run["data"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # not the tower of a run
+    if (data / (part or "")).resolve() in (whole, whole / "train"):
+        warnings.warn(
+            f"MODEL was tuned on {split['train']['images']:,} of the images of '{data}', so these "
+            f"metrics are too good. Those of the {split['test']['images']:,} that were held out "
+            f"are in '{Path(model).parent / 'metrics.json'}'.",
+            stacklevel=2,
+        )
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, whole or not at all."""
     from pairclip import _files
 
     _files.write_json(path, _files.plain(value), indent=1)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    from pairclip import _files
-
-    _files.write_text(path, text)
 
 
 def _made_when(path: Path) -> str:

@@ -6,34 +6,16 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pairclip
 from pairclip._progress import plain_lines
-from pairclip.command import check, evaluate, index, search, tune
+from pairclip.command import check, evaluate, export, index, search, tune
 from pairclip.command.arguments import HelpFormatter
 
-_SUBCOMMANDS = (check, tune, evaluate, index, search)
-_FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Args:
-        arguments: Those of the command line; None takes the program's own.
-
-    Returns:
-        The exit code: 0, 1 if it failed, or 130 after Ctrl-C. Wrong usage exits with 2.
-
-    Example:
-        >>> from pairclip.command import main
-        >>> main(["index", "no-such-folder", "photos", "--output", "index"])
-        1
-    """
-    args = parser().parse_args(arguments)
-    return obey(args.run, args)
+_SUBCOMMANDS = (check, tune, evaluate, index, search, export)
+_FAILED, _INTERRUPTED = 1, 130
 
 
 def parser() -> argparse.ArgumentParser:

@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--min-score",
         type=number(-1, 1, ends=True),
         metavar="COSINE",
-        help="leave out less similar images (default: none)",
+        help="leave out less similar images; `pairclip evaluate --false-match-rate` says from "
+        "which one on two images are called one class (default: none)",
     )
     parser.add_argument(
         "--html", type=Path, metavar="FOLDER", help="write a page there as well (default: none)"
@@ -109,14 +110,14 @@ def write_page(
     """The page that shows queries and what they found."""
     from pairclip.report.search_page import Result, Search, write_searches
 
+    folders = {os.path.dirname(str(match.path)) for matches in answers for match in matches}
+    root = os.path.commonpath(folders) if folders else None
     searches = []
     for query, matches in zip(queries, answers, strict=True):
         paths = [str(query), *(str(match.path) for match in matches)]
         images = pairclip.LabelledImages((paths, [0] * len(paths)))
         results = [
-            Result(
-                images[place][0], os.path.relpath(paths[place], folder), match.score, paths[place]
-            )
+            Result(images[place][0], os.path.relpath(paths[place], root), match.score, paths[place])
             for place, match in enumerate(matches, 1)
         ]
         searches.append(Search(images[0][0], results, path=str(query)))

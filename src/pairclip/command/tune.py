@@ -37,6 +37,10 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
+# What a recipe decides; None in the arguments where it wasn't given.
+_OF_RECIPES = ("max_steps", "learning_rate", "train_blocks", *RECIPES["plain"])
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what this subcommand takes."""
     parser.add_argument("data", metavar="DATA", type=Path, help=DATA_HELP)
@@ -83,6 +87,12 @@ def add_settings(parser: argparse.ArgumentParser, *, output: Path | None) -> Non
         "best one, or not at all where none is worth it; takes several times as long",
     )
     count, share = whole_number(1), number(0, 1)
+    add(
+        "--compare-steps",
+        type=count,
+        metavar="N",
+        help="of all trainings of --compare together, at most (default: as many as they need)",
+    )
     weight = number(0, ends=True)
     add("--epochs", type=count, default=4, metavar="N", help="passes over the training images")
     add("--max-steps", type=count, metavar="N", help="steps to train, instead of --epochs")
@@ -190,9 +200,11 @@ def check(args: argparse.Namespace) -> None:
             f"--margin {args.margin:g} would be ignored: it is for --negatives hinge, got "
             f"{args.negatives!r}."
         )
+    if args.compare:
+        _check_compare(args)
+    elif args.compare_steps is not None:
+        raise ValueError("--compare-steps would be ignored: there is no --compare.")
     if args.pairs == "sampled":
-        if args.compare:
-            raise ValueError("--compare compares recipes on all pairs: leave out --pairs sampled.")
         for flag in ("preserve_similarities", "preserve_embeddings"):
             if getattr(args, flag):
                 raise ValueError(
@@ -211,3 +223,16 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--keep {args.keep} would be ignored: it needs --preserve-embeddings above 0."
         )
+
+
+def _check_compare(args: argparse.Namespace) -> None:
+    """Raise for what a comparison decides by itself."""
+    chosen = {name: getattr(args, name) is not None for name in _OF_RECIPES}
+    chosen |= {"pairs": args.pairs != "all", "negatives": args.negatives != "squared"}
+    for name, given in chosen.items():
+        if given:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"{flag} {getattr(args, name)} would be ignored: --compare chooses among recipes "
+                f"that have their own. Leave out {flag}, or --compare."
+            )

@@ -32,7 +32,21 @@ def tune(args: argparse.Namespace, split: Split, load: Any, note: str | None = N
         split: The images.
         load: Gives the tower on a device.
         note: A sentence for pages and pictures on what these images and the tower are.
+
+    Raises:
+        KeyboardInterrupt: After Ctrl-C, in words on how it goes on.
     """
+    try:
+        _tune(args, split, load, note)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            "The same command continues from the last checkpoint."
+            if args.resume
+            else "With --resume there would be checkpoints to continue from."
+        ) from None
+
+
+def _tune(args: argparse.Namespace, split: Split, load: Any, note: str | None) -> None:
     import torch
     from accelerate import Accelerator
 
@@ -45,12 +59,13 @@ def tune(args: argparse.Namespace, split: Split, load: Any, note: str | None = N
     if process.is_main_process:
         facts = {
             "tower": tower.fingerprint(),
-            "data": {"train": _described(split.train), "test": _described(split.test)},
+            "data": {"train": data.described(split.train), "test": data.described(split.test)},
         }
         outputs.open_run(args.output, args, RESULTS, **facts | ({"note": note} if note else {}))
     process.wait_for_everyone()
     counts = f"{len(split.train):,} images to train on, {len(split.test):,} to evaluate on"
     say(f"{counts}: {split.said}.")
+    about = f"The tower {args.model}. {counts}: {split.said}." + (f" {note}." if note else "")
     if args.compare and not _compare(tower, split, args, process.num_processes, say):
         return
     if args.train_blocks is not None:
@@ -69,14 +84,7 @@ def tune(args: argparse.Namespace, split: Split, load: Any, note: str | None = N
         f"{before.mean_average_precision:.3f}. Fine-tuning with a rate of "
         f"{finetuner.learning_rate:g}."
     )
-    try:
-        history = finetuner.fit(split.train, num_workers=args.num_workers, **options)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            "The same command continues from the last checkpoint."
-            if args.resume
-            else "With --resume there would be checkpoints to continue from."
-        ) from None
+    history = finetuner.fit(split.train, num_workers=args.num_workers, **options)
     if untouched is not None:
         tower = pairclip.interpolate(untouched, tower, args.blend)
     if process.is_main_process:
@@ -92,7 +100,13 @@ def tune(args: argparse.Namespace, split: Split, load: Any, note: str | None = N
         outputs.write_json(args.output / "metrics.json", metrics)
         say("\n" + after.to_markdown(before))
         page = pairclip.write_report(
-            args.output, before, after, dataset=split.test, history=history, note=note
+            args.output,
+            before,
+            after,
+            dataset=split.test,
+            tower=tower,
+            history=history,
+            note=about,
         )
         _draw(args.output, before, after, history, pictures, similarity, note, say)
         say(f"\nThe tuned tower and the results are in {args.output}. Open {page} to see it all.")
@@ -116,6 +130,7 @@ def _compare(
         others=split.held_out,
         keep=keep,
         folder=args.output / "recipes",
+        budget=args.compare_steps,
         num_workers=args.num_workers,
         seed=args.seed,
     )
@@ -138,15 +153,6 @@ def _compare(
 def _printer(args: argparse.Namespace, *, quiet: bool) -> Any:
     file = sys.stderr if args.json else sys.stdout
     return lambda text: None if quiet else print(text, file=file, flush=True)
-
-
-def _described(dataset: Any) -> dict[str, Any]:
-    images = pairclip.LabelledImages(dataset)
-    return {
-        "images": len(images),
-        "classes": len(images.labels.unique()),
-        "checksum": data.fingerprint(images),
-    }
 
 
 def _prepare(

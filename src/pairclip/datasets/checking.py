@@ -1,10 +1,13 @@
-"""Which images of a dataset can't be read."""
+"""Which images of a dataset can't be read, and what is seen of those that can."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from pairclip import _checks
@@ -14,6 +17,7 @@ from pairclip.datasets.notices import Notices
 from pairclip.datasets.source import Source
 
 _AT_ONCE = 32
+Seen = TypeVar("Seen")
 
 
 @dataclass(frozen=True)
@@ -33,39 +37,59 @@ class Problem:
 
 def problems_of(source: Source, *, num_workers: int = 0) -> list[Problem]:
     """Read every image of a source once, and list those that can't be read."""
+    attempts = look_at(source, _nothing, num_workers=num_workers)
+    return [problem for problem in attempts if problem is not None]
+
+
+def look_at(
+    source: Source, look: Callable[[Image.Image, str | None], Seen], *, num_workers: int = 0
+) -> Iterator[Seen | Problem]:
+    """Read every image of a source once.
+
+    Args:
+        source: The images.
+        look: Gets each image in RGB and its path, where the source tells.
+        num_workers: Processes that read; 0 does it in this one.
+
+    Yields:
+        In order, what `look` says of an image, or what is wrong where it can't be read.
+    """
     _checks.check_count("num_workers", num_workers)
     if source.of_features:
         raise TypeError("`dataset` must be of images, got cached features.")
     loader = DataLoader(
-        _Attempts(source),
+        _Attempts(source, look),
         batch_size=_AT_ONCE,
         num_workers=num_workers,
         collate_fn=list,
         generator=torch.Generator(),  # else the loader draws from the caller's
     )
-    problems: list[Problem] = []
-    bar = progress(total=len(source.labels), desc="Checking images", unit="image")
+    bar = progress(total=len(source.labels), desc="Checking images", unit="image", leave=False)
     with random_state_kept(), bar:
         for attempts in loader:
-            problems += [problem for problem in attempts if problem is not None]
+            yield from attempts
             bar.update(len(attempts))
-    return problems
 
 
-class _Attempts(Dataset["Problem | None"]):
-    """What is wrong with each image."""
+def _nothing(image: Image.Image, path: str | None) -> None:
+    pass
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
+
+class _Attempts(Dataset["Seen | Problem"], Generic[Seen]):
+    """What is seen of each image, or wrong with it."""
+
+    def __init__(self, source: Source, look: Callable[[Image.Image, str | None], Seen]) -> None:
+        self.source, self.look = source, look
         self.notices = Notices()
 
     def __len__(self) -> int:
         return len(self.source.labels)
 
-    def __getitem__(self, index: int) -> Problem | None:
+    def __getitem__(self, index: int) -> Seen | Problem:
+        path = self.source.path(index)
         try:
-            self.source.read(index, self.notices)
+            image = self.source.read(index, self.notices)
         except (ValueError, TypeError) as error:
             reason = str(error.__cause__ or error) or type(error.__cause__).__name__
-            return Problem(index, self.source.path(index), reason)
-        return None
+            return Problem(index, path, reason)
+        return self.look(image, path)

@@ -36,6 +36,7 @@ class TableDataset(Dataset[tuple[Image.Image, int]]):
             is there, else the working directory.
         split: Only some rows: a value of the column "split", the name of a column of booleans, or
             a dict from columns to values, such as ``{"fold": 3}``.
+        columns: Further columns to keep, for `column`.
 
     Attributes:
         labels: Class id of each image, int64 ``[N]``, -1 where there is none.
@@ -69,10 +70,11 @@ class TableDataset(Dataset[tuple[Image.Image, int]]):
         label: str | Sequence[str],
         root: str | os.PathLike[str] | None = None,
         split: str | Mapping[str, Any] | None = None,
+        columns: Sequence[str] = (),
     ) -> None:
         labels = [label] if isinstance(label, str) else list(label)
-        rows = _rows(table, split, text=[image, *labels])
-        _check_columns(rows, [image, *labels])
+        rows = _rows(table, split, text=[image, *labels], columns=columns)
+        _check_columns(rows, [image, *labels, *columns])
         if split is not None:
             rows = _split(rows, split)
         elif "split" in rows.column_names:
@@ -94,6 +96,14 @@ class TableDataset(Dataset[tuple[Image.Image, int]]):
             self, rows[image], _labels(rows, labels, is_text=_is_text(table)), root, beside
         )
         self.labels, self.class_names = self.source.labels, self.source.class_names
+        self._rows = rows
+
+    def column(self, name: str) -> list[Any] | None:
+        """Values of a column that was kept, one for each image; None if there is none such.
+
+        `evaluate` takes its name as `exclude`.
+        """
+        return self._rows[name].to_pylist() if name in self._rows.column_names else None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -175,7 +185,7 @@ def _is_text(table: Any) -> bool:
     return isinstance(table, (str, os.PathLike)) and _suffix(Path(table)) in (".csv", ".tsv")
 
 
-def _rows(table: Any, split: Any, text: list[str]) -> Any:
+def _rows(table: Any, split: Any, text: list[str], columns: Sequence[str]) -> Any:
     """The table in Arrow's form, of a file only the columns that are needed."""
     pa = _arrow()
     if isinstance(table, pa.Table):
@@ -192,7 +202,13 @@ def _rows(table: Any, split: Any, text: list[str]) -> Any:
     if not path.exists():
         raise FileNotFoundError(f"`table` must be a file, got '{path}'.")
     suffix = _suffix(path)
-    wanted = [*text, "split", *_BOXES, *([split] if isinstance(split, str) else split or ())]
+    wanted = [
+        *text,
+        *columns,
+        "split",
+        *_BOXES,
+        *([split] if isinstance(split, str) else split or ()),
+    ]
     if suffix in (".csv", ".tsv"):
         return _read_text(path, "," if suffix == ".csv" else "\t", text, wanted)
     if suffix in (".parquet", ".pq"):

@@ -31,49 +31,78 @@ class Hit(NamedTuple):
         return "✓" if self.is_right else "✗"
 
 
-def images_of(evaluation: Evaluation, dataset: Any) -> LabelledImages:
-    """Open the dataset of an evaluation, or raise if it can't be that one."""
+class Shown(NamedTuple):
+    """The images of an evaluation: those that are queries, and those that are searched."""
+
+    queries: LabelledImages
+    searched: LabelledImages
+
+
+def images_of(evaluation: Evaluation, dataset: Any, gallery: Any = None) -> Shown:
+    """Open the datasets of an evaluation, or raise if they can't be those."""
+    if (gallery is None) != (evaluation.gallery_labels is None):
+        has = "no gallery" if gallery is None else "a gallery"
+        raise ValueError(
+            f"`gallery` must be there if the evaluation has one, and only then; got {has}."
+        )
+    queries = _opened("dataset", dataset, evaluation.labels)
+    if evaluation.gallery_labels is None:
+        return Shown(queries, queries)
+    return Shown(queries, _opened("gallery", gallery, evaluation.gallery_labels))
+
+
+def _opened(name: str, dataset: Any, labels: npt.NDArray[np.int64]) -> LabelledImages:
     images = LabelledImages(dataset)
     if images.of_features:
         raise ValueError(
-            f"`dataset` must have images to show, got {type(dataset).__name__}. Give the dataset "
+            f"`{name}` must have images to show, got {type(dataset).__name__}. Give the dataset "
             "that the features were computed from."
         )
-    if len(images) != evaluation.num_images:
+    if len(images) != len(labels):
         raise ValueError(
-            f"`dataset` must be the evaluated one, got {len(images)} images for an evaluation of "
-            f"{evaluation.num_images}."
+            f"`{name}` must be the evaluated one, got {len(images)} images for an evaluation of "
+            f"{len(labels)}."
         )
-    places = np.unique(images.labels.numpy(), return_inverse=True)[1]
-    others = np.flatnonzero(places != evaluation.labels)
+    ids = images.labels.numpy()
+    orders = [ids]
+    if images.class_names is not None:  # joined classes are in the order of their names
+        orders.append(np.argsort(np.argsort(images.class_names))[ids])
+    others = min((np.flatnonzero(_ranks(each) != _ranks(labels)) for each in orders), key=len)
     if len(others):
         raise ValueError(
-            f"`dataset` must be the evaluated one, but the classes of {len(others)} images "
+            f"`{name}` must be the evaluated one, but the classes of {len(others)} images "
             f"differ, first of image {others[0]}."
         )
     return images
 
 
+def _ranks(labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    return np.unique(labels, return_inverse=True)[1]
+
+
 def neighbor_is_right(evaluation: Evaluation) -> npt.NDArray[np.bool_]:
     """Whether each neighbour is of its query's class, ``[Q, K]``."""
-    labels = evaluation.labels
-    searched = labels if evaluation.gallery_labels is None else evaluation.gallery_labels
-    right: npt.NDArray[np.bool_] = (
-        searched[evaluation.neighbors] == labels[evaluation.queries][:, None]
-    )
+    own = evaluation.labels[evaluation.queries]
+    right: npt.NDArray[np.bool_] = _searched(evaluation)[evaluation.neighbors] == own[:, None]
     return right
+
+
+def _searched(evaluation: Evaluation) -> npt.NDArray[np.int64]:
+    """Class of each image that is searched."""
+    labels = evaluation.gallery_labels
+    return evaluation.labels if labels is None else labels
 
 
 def hits(evaluation: Evaluation, row: int, k: int) -> list[Hit]:
     """The k nearest images of the query in a row of `Evaluation.queries`, as far as there are k."""
-    own = evaluation.labels[evaluation.queries[row]]
+    own, classes = evaluation.labels[evaluation.queries[row]], _searched(evaluation)
     found = zip(
         evaluation.neighbors[row, :k].tolist(),
         evaluation.neighbor_scores[row, :k].tolist(),
         strict=True,
     )
     return [
-        Hit(image, class_name(evaluation, image), score, bool(evaluation.labels[image] == own))
+        Hit(image, evaluation.class_names[classes[image]], score, bool(classes[image] == own))
         for image, score in found
     ]
 
@@ -81,6 +110,39 @@ def hits(evaluation: Evaluation, row: int, k: int) -> list[Hit]:
 def class_name(evaluation: Evaluation, image: int) -> str:
     """Name of the class of an image."""
     return evaluation.class_names[int(evaluation.labels[image])]
+
+
+class Alike(NamedTuple):
+    """Two images of different classes that are more similar than others of these classes."""
+
+    query: int
+    found: int
+    classes: tuple[str, str]
+    score: float
+
+
+def alike(evaluation: Evaluation, count: int) -> list[Alike]:
+    """The most similar images of the most confused classes, as far as one found the other."""
+    own = evaluation.labels[evaluation.queries][:, None]
+    found = _searched(evaluation)[evaluation.neighbors]
+    pairs: list[Alike] = []
+    for classes in (each[:2] for each in evaluation.confused_classes):
+        one, other = (evaluation.class_names.index(name) for name in classes)
+        between = ((own == one) & (found == other)) | ((own == other) & (found == one))
+        if not between.any() or len(pairs) == count:
+            continue
+        scores = np.where(between, evaluation.neighbor_scores, -np.inf)
+        row, column = np.unravel_index(scores.argmax(), scores.shape)
+        names = (int(own[row, 0]), int(found[row, column]))
+        pairs.append(
+            Alike(
+                int(evaluation.queries[row]),
+                int(evaluation.neighbors[row, column]),
+                (evaluation.class_names[names[0]], evaluation.class_names[names[1]]),
+                float(scores[row, column]),
+            )
+        )
+    return pairs
 
 
 def classes_in_turn(classes: npt.NDArray[np.int64], places: Sequence[int]) -> list[int]:

@@ -26,6 +26,7 @@ def plot_retrieval(
     dataset: Any,
     evaluation: Evaluation,
     *,
+    gallery: Any = None,
     queries: int | Sequence[int] = 8,
     k: int = 5,
     title: str | None = None,
@@ -38,6 +39,7 @@ def plot_retrieval(
     Args:
         dataset: The dataset that was evaluated.
         evaluation: Knows the neighbours.
+        gallery: The dataset that was searched, if the evaluation has one.
         queries: How many to draw, the classes taking turns, or which: their places in the
             dataset.
         k: Neighbours of each, at most the 10 that the evaluation keeps.
@@ -66,7 +68,7 @@ def plot_retrieval(
     kept = evaluation.neighbors.shape[1]
     if k > kept:
         raise ValueError(f"`k` must be at most the {kept} neighbours of the evaluation, got {k}.")
-    images = images_of(evaluation, dataset)
+    images = images_of(evaluation, dataset, gallery)
     rows = _rows(evaluation, queries)
     cell, head = 1.15, 0.45 if title else 0.05
     figure = new_figure(cell * (k + 1) + 0.3, (cell + 0.2) * len(rows) + head)
@@ -81,11 +83,11 @@ def plot_retrieval(
 
         query = int(evaluation.queries[row])
         name = shortened(class_name(evaluation, query), 11)
-        _draw(place(0), images[query][0], name, "black")
+        _draw(place(0), images.queries[query][0], name, "black")
         for column, hit in enumerate(hits(evaluation, row, k), 1):
             caption = f"{hit.mark} {shortened(hit.class_name, 11)}  {hit.score:.2f}"
             color = _RIGHT if hit.is_right else _WRONG
-            _draw(place(column), images[hit.image][0], caption, color)
+            _draw(place(column), images.searched[hit.image][0], caption, color)
     if title:
         figure.text(0.5, 1 - 0.1 / height, title, ha="center", va="top", size=11, parse_math=False)
     return saved(figure, path)

@@ -4,34 +4,34 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Protocol
-
-from PIL import Image
 
 from pairclip import _files
+from pairclip.collection import Check, Finding
 from pairclip.report.html import Html, element, page, section, table
 from pairclip.report.thumbnails import Thumbnails
 
 _MOST = 40
+_WORDS = {
+    "Images that can't be read": "Left out of the clean table; a training would stop at them.",
+    "The same image in different classes": "At most one of the labels is right. Left out of the "
+    "clean table altogether.",
+    "The same image in train and test": "It would be evaluated on what it was trained on. The "
+    "clean table has the last one alone.",
+    "Copies within a part": "They count twice, and find each other. The clean table has the first "
+    "one alone.",
+    "Labels that may be wrong": "Each image is predicted from all others by the tower's "
+    "embeddings. The number says how much better the other class fits: above 0 it does, and about "
+    "1 is as clear as it gets. Look at them: some are right, and only unusual.",
+    "Classes of one image": "They can't be searched for, nor form a pair of one class.",
+    "Classes of nearly the same name": "Perhaps one class, in two folders.",
+    "Images of unusual modes": "They are converted to RGB. Look whether they look right.",
+}
 _MOST_CLASSES = 60
-
-
-class Checked(Protocol):
-    """What the page needs to know; `pairclip check` finds it."""
-
-    items: list[Any]
-    problems: dict[str, list[Any]]
-
-    def image(self, place: int) -> Image.Image:
-        """The image of an item."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Counts and lists."""
 
 
 def write_check_report(
     folder: str | os.PathLike[str],
-    check: Checked,
+    check: Check,
     *,
     title: str = "What is in the collection",
     note: str | None = None,
@@ -46,27 +46,42 @@ def write_check_report(
 
     Returns:
         Path of the page.
+
+    Example:
+        >>> import numpy as np, tempfile
+        >>> from pairclip import check_collection
+        >>> from pairclip.report import write_check_report
+        >>> images = np.zeros((2, 20, 20, 3), dtype=np.uint8)
+        >>> check = check_collection({"all": (images, ["cat", "dog"])})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     page = write_check_report(folder, check)
+        ...     "Images of one colour: 2" in page.read_text(encoding="utf-8")
+        True
     """
     thumbnails = Thumbnails()
-    problems = [_problems(kind, found, check, thumbnails) for kind, found in check.problems.items()]
-    content = [section("In short", _counts(check)), *problems, thumbnails.stored()]
+    kinds = [_kind(kind, findings, check, thumbnails) for kind, findings in check.findings.items()]
+    content = [section("In short", _counts(check)), *kinds, thumbnails.stored()]
     path = Path(folder) / "check.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     _files.write_text(path, page(title, *content, note=note))
     return path
 
 
-def _counts(check: Checked) -> Html:
-    classes = check.to_dict()["classes"]
+def _counts(check: Check) -> Html:
+    classes = check.counts()
     names = sorted({name for counts in classes.values() for name in counts})
     shown = names[:_MOST_CLASSES]
     title = "Images of each class"
     if len(names) > len(shown):
         title += f", the first {len(shown)} of {len(names):,}"
-    kinds = [[kind, f"{len(found):,}"] for kind, found in check.problems.items()]
+    kinds = [[kind, f"{len(findings):,}"] for kind, findings in check.findings.items()]
     return element(
         "div",
-        table("To look at", ["kind", "number"], kinds or [["nothing", "0"]]),
+        element(
+            "div",
+            table("To look at", ["kind", "number"], kinds or [["nothing", "0"]]),
+            element("p", check.looks()),
+        ),
         table(
             title,
             ["class", *classes],
@@ -76,26 +91,32 @@ def _counts(check: Checked) -> Html:
     )
 
 
-def _problems(title: str, found: list[Any], check: Checked, thumbnails: Thumbnails) -> Html:
-    more = f"{_MOST} of {len(found):,}. check.json has all." if len(found) > _MOST else None
+def _kind(title: str, findings: list[Finding], check: Check, thumbnails: Thumbnails) -> Html:
+    words = [_WORDS[title]] if title in _WORDS else []
+    if len(findings) > _MOST:
+        words.append(f"Here are {_MOST} of {len(findings):,}.")
     rows = [
         element(
             "li",
-            element("p", problem.detail, class_="when"),
-            *(_picture(check, place, thumbnails) for place in problem.items[:6]),
+            element("p", finding.detail, class_="when"),
+            *(_picture(check, place, thumbnails) for place in finding.items[:6]),
         )
-        for problem in found[:_MOST]
+        for finding in findings[:_MOST]
     ]
-    return section(f"{title}: {len(found):,}", element("ul", *rows, class_="problems"), intro=more)
+    return section(
+        f"{title}: {len(findings):,}",
+        element("ul", *rows, class_="problems"),
+        intro=" ".join(words) or None,
+    )
 
 
-def _picture(check: Checked, place: int, thumbnails: Thumbnails) -> Html:
+def _picture(check: Check, place: int, thumbnails: Thumbnails) -> Html:
     item = check.items[place]
-    caption = element("figcaption", element("span", item.name, class_="path", title=item.name))
+    name = os.path.basename(item.name)
+    caption = element("figcaption", element("span", name, class_="name", title=item.name))
     if item.problem is not None:
         return element("figure", caption)
     text = f"{item.class_name}: {item.name}"
     picture = thumbnails.show(place, check.image(place), text)
-    return element(
-        "figure", picture, caption, element("figcaption", f"{item.class_name}, {item.part}")
-    )
+    where = item.class_name if len(check.parts) == 1 else f"{item.class_name}, {item.part}"
+    return element("figure", picture, caption, element("figcaption", where))

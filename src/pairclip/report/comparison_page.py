@@ -10,12 +10,18 @@ from pairclip import _files
 from pairclip.evaluation import Evaluation
 from pairclip.evaluation.showing import images_of
 from pairclip.finetuner import History
+from pairclip.report.alike import alike_images
 from pairclip.report.charts import pair_histograms, training
 from pairclip.report.classes import class_table, confused_classes, heatmaps
-from pairclip.report.gallery import gallery
+from pairclip.report.gallery import query_gallery
 from pairclip.report.html import Html, element, page, section
 from pairclip.report.metrics import meanings, metrics_table, summary
+from pairclip.towers import VisionTower
 
+_QUERIES = (
+    "Each query with the images nearest to it and their cosine. A green frame and ✓ mark those of "
+    "its class, a dashed red one and ✗ the others."
+)
 _PAIRS = (
     "How similar two images are, over all pairs. The less the two shapes overlap, the better the "
     "classes are kept apart. Each shape has area 1, though most pairs are of different classes."
@@ -28,6 +34,8 @@ def write_report(
     after: Evaluation,
     *,
     dataset: Any = None,
+    gallery: Any = None,
+    tower: VisionTower | None = None,
     history: History | None = None,
     title: str | None = None,
     note: str | None = None,
@@ -42,7 +50,10 @@ def write_report(
         folder: Where ``report.html`` is written; made if it isn't there.
         before: The evaluation to compare with; None shows `after` alone.
         after: The evaluation to show.
-        dataset: The dataset that was evaluated, for the images; without it there is no gallery.
+        dataset: The dataset that was evaluated, for the images; without it there are no pictures.
+        gallery: The dataset that was searched, if the evaluation has one.
+        tower: That of `after`. With it the page shows which parts of two images make them similar,
+            for the most confused classes (`occlusion_saliency`, some hundred embeddings).
         history: Of the training between.
         title: Heading of the page.
         note: A sentence below it, on what the images and the tower are, for instance.
@@ -51,7 +62,8 @@ def write_report(
         Path of the page.
 
     Raises:
-        ValueError: If the evaluations are of other images, or `dataset` is another one.
+        ValueError: If the evaluations are of other images, `dataset` or `gallery` is another one,
+            or there is a `gallery` or a `tower` without a `dataset`.
 
     Example:
         >>> import tempfile, torch
@@ -70,13 +82,19 @@ def write_report(
         evaluations, heading = {"evaluation": after}, "Evaluation"
     else:
         evaluations, heading = {"before": before, "after": after}, "Before and after fine-tuning"
-    images = None if dataset is None else images_of(after, dataset)
+    for name, given in (("gallery", gallery), ("tower", tower)):
+        if given is not None and dataset is None:
+            raise ValueError(f"`{name}` would be ignored: give the `dataset` of the evaluation.")
+    images = None if dataset is None else images_of(after, dataset, gallery)
     content = [
         section("In short", *_summaries(before, after)),
-        None if images is None else section("What queries found", gallery(evaluations, images)),
+        None
+        if images is None
+        else section("What queries found", query_gallery(evaluations, images), intro=_QUERIES),
         section("Metrics", metrics_table(before, after), meanings()),
         section("Further images", *_also_tables(before, after)) if after.also else None,
         section("Similarity of classes", heatmaps(evaluations), confused_classes(evaluations)),
+        None if images is None or tower is None else alike_images(after, images, tower),
         section("Similarity of pairs", pair_histograms(evaluations), intro=_PAIRS),
         section("Class by class", class_table(before, after)),
         section("Training", training(history)) if history is not None and history.steps else None,

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pairclip.datasets import LabelledImages
 from pairclip.evaluation import Evaluation
 from pairclip.evaluation.showing import (
     Hit,
+    Shown,
     class_name,
     classes_in_turn,
     hits,
@@ -32,7 +32,7 @@ class _Kind(NamedTuple):
     order: str
 
 
-def gallery(evaluations: dict[str, Evaluation], images: LabelledImages) -> Html:
+def query_gallery(evaluations: dict[str, Evaluation], images: Shown) -> Html:
     """Some queries of each kind with their nearest images; each image is stored once."""
     after = list(evaluations.values())[-1]
     kinds = _kinds(list(evaluations.values()))
@@ -113,7 +113,7 @@ def _case(
     kind: _Kind,
     row: int,
     evaluations: dict[str, Evaluation],
-    images: LabelledImages,
+    images: Shown,
     thumbnails: Thumbnails,
 ) -> Html:
     some = next(iter(evaluations.values()))
@@ -128,7 +128,7 @@ def _case(
         )
         for when, evaluation in evaluations.items()
     ]
-    picture = thumbnails.show(query, images[query][0], f"query: {name}, image {query}")
+    picture = thumbnails.show(query, images.queries[query][0], f"query: {name}, image {query}")
     caption = element("figcaption", name, " ", element("small", f"image {query}"))
     return element(
         "li",
@@ -139,12 +139,14 @@ def _case(
     )
 
 
-def _hit(hit: Hit, images: LabelledImages, thumbnails: Thumbnails) -> Html:
+def _hit(hit: Hit, images: Shown, thumbnails: Thumbnails) -> Html:
     word = "right" if hit.is_right else "wrong"
-    picture = images[hit.image][0]
+    picture = images.searched[hit.image][0]
+    # Images of a gallery are numbered behind the queries.
+    number = hit.image + (0 if images.searched is images.queries else len(images.queries))
     return element(
         "figure",
-        thumbnails.show(hit.image, picture, f"{word}: {hit.class_name}, image {hit.image}"),
+        thumbnails.show(number, picture, f"{word}: {hit.class_name}, image {hit.image}"),
         element(
             "figcaption",
             element("span", hit.mark, " ", hit.class_name, class_="name", title=hit.class_name),

@@ -19,6 +19,11 @@ def summary(before: Evaluation | None, after: Evaluation, name: str | None = Non
     """What the table says, in a few sentences."""
     classes = len(after.class_names)
     images = f"{after.num_images:,} images of {classes:,} class{'es' if classes > 1 else ''}"
+    if after.gallery_labels is not None:
+        images = (
+            f"{after.num_images:,} images, searched for among {len(after.gallery_labels):,} of a "
+            f"gallery, together of {classes:,} classes"
+        )
     where = f"On {images}" if name is None else f"On “{name}” ({images})"
     if before is None:
         return element(
@@ -70,11 +75,17 @@ def metrics_table(before: Evaluation | None, after: Evaluation, label: str = "Me
             ),
         )
         for title, metrics in [
-            ("Search: each image among the others", QUERY_METRICS),
+            (_search_title(after), QUERY_METRICS),
             ("Pairs of images", PAIR_METRICS),
         ]
     ]
     return scrolling(label, element("table", head, *groups, class_="metrics"))
+
+
+def _search_title(evaluation: Evaluation) -> str:
+    if evaluation.gallery_labels is None:
+        return "Search: each image among the others"
+    return "Search: each image in the gallery"
 
 
 def meanings() -> Html:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from pairclip.command.collection import Check, Problem
+from pairclip.collection.check import Check, Finding
 from pairclip.evaluation.suspects import near_duplicates
 
 _TINY = 16  # pixels, of the shorter side
@@ -24,9 +22,9 @@ _USUAL_MODES = {"RGB", "L"}
 def copies(
     check: Check,
     readable: list[int],
-    small: np.ndarray[Any, np.dtype[np.float32]],
+    small: npt.NDArray[np.float32],
     same_image: float,
-) -> dict[str, list[Problem]]:
+) -> dict[str, list[Finding]]:
     """Groups of images that are the same, sorted by what is worst about them."""
     items = check.items
     pairs = [
@@ -46,7 +44,7 @@ def copies(
         "The same image in train and test",
         "Copies within a part",
     )
-    problems: dict[str, list[Problem]] = {title: [] for title in titles}
+    findings: dict[str, list[Finding]] = {title: [] for title in titles}
     for group in _groups(len(items), pairs):
         classes = sorted({items[place].class_name for place in group})
         parts = list(dict.fromkeys(items[place].part for place in group))
@@ -62,8 +60,8 @@ def copies(
         else:
             title, detail = titles[2], f"{how}, {len(group)} times"
             check.drop |= set(group[1:])
-        problems[title].append(Problem(detail, tuple(group)))
-    return problems
+        findings[title].append(Finding(detail, tuple(group)))
+    return findings
 
 
 def _groups(count: int, pairs: list[tuple[int, int]]) -> list[list[int]]:
@@ -79,7 +77,7 @@ def _groups(count: int, pairs: list[tuple[int, int]]) -> list[list[int]]:
     return list(groups.values())
 
 
-def of_classes(check: Check) -> dict[str, list[Problem]]:
+def of_classes(check: Check) -> dict[str, list[Finding]]:
     """What is wrong with classes as a whole."""
     places: dict[str, dict[str, list[int]]] = {part: defaultdict(list) for part in check.parts}
     for place, item in enumerate(check.items):
@@ -91,42 +89,39 @@ def of_classes(check: Check) -> dict[str, list[Problem]]:
         alike["".join(each for each in name.casefold() if each.isalnum())].append(name)
     return {
         "Classes of one image": [
-            Problem(f"{name} in {part}: it has nothing to find", tuple(of_class))
+            Finding(f"{name} in {part}: it has nothing to find", tuple(of_class))
             for part, of_part in places.items()
             for name, of_class in sorted(of_part.items())
             if len(of_class) == 1
         ],
         "Classes that are in one part alone": [
-            Problem(f"{name} is not in {part}")
+            Finding(f"{name} is not in {part}")
             for part, of_part in places.items()
             for name in sorted(names - of_part.keys())
         ],
         "Classes of nearly the same name": [
-            Problem(", ".join(map(repr, several))) for several in alike.values() if len(several) > 1
+            Finding(", ".join(map(repr, several))) for several in alike.values() if len(several) > 1
         ],
     }
 
 
 def looks(
-    check: Check, readable: Iterable[int], small: np.ndarray[Any, np.dtype[np.float32]]
-) -> dict[str, list[Problem]]:
+    check: Check, readable: Iterable[int], small: npt.NDArray[np.float32]
+) -> dict[str, list[Finding]]:
     """Images that are readable, and unusual."""
-    found: dict[str, list[Problem]] = defaultdict(list)
+    unusual: dict[str, list[Finding]] = defaultdict(list)
     for place in readable:
         item = check.items[place]
         width, height = item.size
         if not small[place].any():
-            found["Images of one colour"].append(Problem("nothing to be seen", (place,)))
+            unusual["Images of one colour"].append(Finding("nothing to be seen", (place,)))
         if min(item.size) < _TINY:
-            found["Tiny images"].append(Problem(f"{width} x {height} pixels", (place,)))
+            unusual["Tiny images"].append(Finding(f"{width} x {height} pixels", (place,)))
         elif max(item.size) > _LONG * min(item.size):
-            found["Very long images"].append(Problem(f"{width} x {height} pixels", (place,)))
+            unusual["Very long images"].append(Finding(f"{width} x {height} pixels", (place,)))
         if item.mode not in _USUAL_MODES:
-            found["Images of unusual modes"].append(Problem(f"mode {item.mode}", (place,)))
-        suffix = Path(item.path or "").suffix.lower()
-        if suffix in {".gif", ".tif", ".tiff", ".webp"} and item.path is not None:
-            with Image.open(item.path) as opened:
-                if (frames := getattr(opened, "n_frames", 1)) > 1:
-                    detail = f"{frames} frames, of which the first counts"
-                    found["Files of several images"].append(Problem(detail, (place,)))
-    return found
+            unusual["Images of unusual modes"].append(Finding(f"mode {item.mode}", (place,)))
+        if item.frames > 1:
+            detail = f"{item.frames} frames, of which the first counts"
+            unusual["Files of several images"].append(Finding(detail, (place,)))
+    return unusual

@@ -1,0 +1,99 @@
+"""Write a tower for other programs: as an ONNX file, or as the folder that its library loads."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from pairclip.command.arguments import add_json, add_model
+from pairclip.command.models import load_model
+
+_LIBRARIES = ("transformers", "sentence-transformers", "open_clip", "timm")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what this subcommand takes."""
+    add_model(parser, "model", "the tower", metavar="MODEL")
+    parser.add_argument(
+        "--to",
+        choices=("onnx", *_LIBRARIES),
+        required=True,
+        help="onnx writes a file, from pixel values to embeddings; the others the folder of that "
+        "library, which must be the one that MODEL is of: transformers (and so "
+        "sentence-transformers), open_clip or timm",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="a file that ends with .onnx, or a folder",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in OUTPUT")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="of the weights; float16 takes half the room",
+    )
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do what the arguments say."""
+    import torch
+
+    onnx = args.to == "onnx"
+    is_other = args.output.is_dir() if onnx else args.output.is_file()
+    if is_other or onnx != (args.output.suffix == ".onnx"):
+        wanted = "a file that ends with .onnx" if onnx else f"a folder, for --to {args.to}"
+        raise ValueError(f"--output '{args.output}' must be {wanted}.")
+    if args.output.exists() and not args.overwrite and (onnx or any(args.output.iterdir())):
+        raise ValueError(
+            f"--output '{args.output}' is there already. Give another place, or --overwrite."
+        )
+    tower = load_model("MODEL", args.model, "cpu")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    file = sys.stderr if args.json else sys.stdout
+    dtype = getattr(torch, args.dtype)
+    with contextlib.redirect_stdout(file):
+        report = (
+            tower.export_onnx(args.output, dtype=dtype)
+            if onnx
+            else _save(tower, args.output, args.to, dtype)
+        )
+    if args.json:
+        print(json.dumps(report))
+
+
+def _save(tower: Any, folder: Path, library: str, dtype: Any) -> dict[str, Any]:
+    """Write the folder, load it again, and compare embeddings of noise."""
+    import numpy as np
+
+    import pairclip
+    from pairclip.towers.open_clip_tower import OpenClipTower
+    from pairclip.towers.timm_tower import TimmTower
+
+    kinds = {OpenClipTower: "open_clip", TimmTower: "timm"}
+    own = next((name for kind, name in kinds.items() if isinstance(tower, kind)), "transformers")
+    if library != own and (library, own) != ("sentence-transformers", "transformers"):
+        raise ValueError(
+            f"--to {library} needs a model of {library.replace('sentence-', '')}, and MODEL is of "
+            f"{own}. Give --to {own}, or --to onnx, which takes any."
+        )
+    noise = np.random.default_rng(0).integers(0, 256, (3, 200, 300, 3), dtype=np.uint8)
+    expected = pairclip.embed_images(tower, noise)
+    tower.to(dtype).save_pretrained(folder)
+    embeddings = pairclip.embed_images(pairclip.load_tower(folder), noise)
+    apart = float((embeddings - expected).abs().max() / expected.abs().max())
+    print(f"'{folder}': embeddings of {len(noise)} images differ by at most {apart:.1e}.")
+    return {
+        "library": library,
+        "dtype": str(dtype).removeprefix("torch."),
+        "fingerprint": tower.fingerprint(),
+        "parity": {"images": len(noise), "largest_difference": apart},
+    }
