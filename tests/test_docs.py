@@ -64,6 +64,13 @@ def test_every_metric_is_explained() -> None:
         assert f"| {titles} | {meaning} |" in page
 
 
+def test_every_benchmark_is_listed_with_its_command() -> None:
+    page = (DOCS / "benchmarks.md").read_text()
+    listed = set(re.findall(r"`python tests/benchmarks/(\w+)\.py`", page))
+    scripts = (DOCS.parent / "tests" / "benchmarks").glob("[a-z]*.py")
+    assert listed == {path.stem for path in scripts}
+
+
 def test_the_tutorial_runs_and_ends_in_a_search_that_is_served() -> None:
     notebook = nbformat.read(DOCS / "tutorial.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells)  # they are made anew
