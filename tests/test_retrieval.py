@@ -12,8 +12,6 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from pytorch_metric_learning.distances import CosineSimilarity
-from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
-from pytorch_metric_learning.utils.inference import CustomKNN
 from sklearn.metrics import average_precision_score
 from sklearn.neighbors import KNeighborsClassifier
 
@@ -34,6 +32,12 @@ from pairclip.retrieval import (
     retrieval_figures,
 )
 from pairclip.retrieval.table import precision, recall
+
+try:
+    from pytorch_metric_learning.evaluation import AccuracyCalculator, CustomKNN
+except ImportError:  # before version 3
+    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+    from pytorch_metric_learning.utils.inference import CustomKNN
 
 FUNCTIONS = (recall_at_k, precision_at_k, r_precision, map_at_r, mean_average_precision)
 

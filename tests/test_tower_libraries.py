@@ -433,5 +433,9 @@ def test_a_model_card_says_what_a_tower_is_and_how_to_load_it(tmp_path: Path) ->
         assert words in card.text
     for library in ("pairclip", "transformers", "sentence_transformers"):
         assert f"import {library}" in card.text or f"from {library}" in card.text
+    assert "not by `AutoModel`" in card.text
+    random_tower().save_pretrained(tmp_path)
+    assert "`CLIPVisionModelWithProjection`" in (tmp_path / "README.md").read_text()
     card.save(tmp_path / "README.md")
+    random_tower().save_pretrained(tmp_path)
     assert "license: mit" in (tmp_path / "README.md").read_text()

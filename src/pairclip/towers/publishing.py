@@ -12,13 +12,14 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from torch import nn
 
 if TYPE_CHECKING:
+    from pairclip.towers.stored import Stored
     from pairclip.towers.vision_tower import VisionTower
 
 _TAGS = ("pairclip", "image-embeddings", "image-retrieval", "clip", "metric-learning")
 
 
 def model_card(
-    tower: VisionTower,
+    tower: Stored,
     *,
     base_model: str | None = None,
     dataset: str | None = None,
@@ -54,18 +55,25 @@ def model_card(
         pipeline_tag="image-feature-extraction",
         tags=list(_TAGS),
     )
-    of = f" `{base_model}`" if base_model else ""
+    of, kind = f" of `{base_model}`" if base_model else "", type(tower._bare()).__name__
     lines = [
         "# Image tower",
-        f"A `{type(tower.model).__name__}`{of} that turns images of {tower.image_size} x "
-        f"{tower.image_size} pixels into embeddings of {tower.embedding_dim} numbers, tuned by "
-        "[pairclip](https://pypi.org/project/pairclip) so that images of one class are close.",
+        f"A `{kind}`{of} that turns images of {tower.image_size} x {tower.image_size} pixels into "
+        f"embeddings of {tower.embedding_dim} numbers. It was saved by "
+        "[pairclip](https://pypi.org/project/pairclip), which tunes image towers with pairs of "
+        "images, so that those of one class are close.",
     ]
     lines += [f"**Data:** {dataset}"] * bool(dataset) + [f"**Recipe:** {recipe}"] * bool(recipe)
     if before or after:
         names = dict.fromkeys([*(before or {}), *(after or {})])
         rows = [f"| {name} |{_cell(before, name)} |{_cell(after, name)} |" for name in names]
         lines.append("\n".join(["| metric | before | after |", "|---|---:|---:|", *rows]))
+    if hasattr(tower._bare(), "visual_projection"):
+        lines.append(
+            f"**Load it by `{kind}`, not by `AutoModel`**, which has no class with a projection: "
+            "that leaves the projection out, as does the pipeline `image-feature-extraction`, and "
+            "gives other embeddings."
+        )
     lines.append("## Use\n\n```python\n" + "\n\n".join(_ways(tower)) + "\n```")
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(lines) + "\n")
 
@@ -74,13 +82,13 @@ def _cell(metrics: Mapping[str, float] | None, name: str) -> str:
     return f" {metrics[name]:.3f}" if metrics and name in metrics else ""
 
 
-def _ways(tower: VisionTower) -> list[str]:
+def _ways(tower: Stored) -> list[str]:
     ways = ['import pairclip\n\ntower = pairclip.load_tower("FOLDER_OR_ID")']
     model: Any = tower._bare()
     kind = type(model)
     if kind.__module__.startswith("transformers."):
         ways.append(
-            f"from transformers import {kind.__name__}  # AutoModel drops a projection\n\n"
+            f"from transformers import {kind.__name__}\n\n"
             f'model = {kind.__name__}.from_pretrained("FOLDER_OR_ID")'
         )
         ways.append(

@@ -72,6 +72,9 @@ class Stored(Body):
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write a folder that the model's own library and `load_tower` load again.
 
+        A model card, ``README.md``, says how, unless there is one. The projection of a CLIP tower
+        is lost by `AutoModel`, which has no class for it: `CLIPVisionModelWithProjection` has.
+
         Adapters of PEFT are merged into the weights that are written; the tower keeps them. The
         folder is there whole or not at all. In one that exists, files of the same name are
         replaced and others stay.

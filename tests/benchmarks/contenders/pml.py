@@ -91,8 +91,12 @@ def train(work: Work) -> None:
 
 def metrics(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
     from pytorch_metric_learning.distances import CosineSimilarity
-    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
-    from pytorch_metric_learning.utils.inference import CustomKNN
+
+    try:
+        from pytorch_metric_learning.evaluation import AccuracyCalculator, CustomKNN
+    except ImportError:  # before version 3
+        from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+        from pytorch_metric_learning.utils.inference import CustomKNN
 
     names = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
     search = CustomKNN(CosineSimilarity(), batch_size=BLOCK)
