@@ -27,6 +27,8 @@ from typing import Any, NamedTuple
 
 Row = dict[str, Any]
 
+OFFLINE = Path(__file__).parents[2] / "examples" / "offline"  # a small tower, and drawings
+
 MEASURED = "measured"
 NOT_INSTALLED = "not installed"
 OUT_OF_MEMORY = "out of memory"
@@ -336,6 +338,15 @@ def _write(arguments: argparse.Namespace, rows: list[Row], criteria: list[Criter
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def drawn_images(per_class: int) -> tuple[list[Any], list[str]]:
+    """Drawings of twelve kinds of things and their names, for a try without a folder of images."""
+    sys.path.insert(0, str(OFFLINE))
+    from drawings import drawings
+
+    drawn: tuple[list[Any], list[str]] = drawings(per_class)
+    return drawn
 
 
 def version_of(package: str) -> str | None:
