@@ -25,6 +25,7 @@ READ = {"steps": [STEP], "evaluations": [], "skipped_steps": 0, "stop_reason": N
         ({**READ, "evaluations": [{"step": 1.5}]}, "`evaluations` must be a list of records"),
         ({**READ, "skipped_steps": -1}, "`skipped_steps` is -1, no count"),
         ({**READ, "stop_reason": 3}, "`stop_reason` is 3, no text"),
+        ({**READ, "unreadable": [{"path": "a"}]}, "record 0 in `unreadable` is .* no image"),
     ],
 )
 def test_what_is_no_history_is_named(tmp_path: Path, content: Any, problem: str) -> None:

@@ -2,8 +2,10 @@
 
 import io
 import pickle
+import tarfile
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import datasets as hf
@@ -11,9 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
+from pairclip import AllPairsCosineLoss, CosinePairLoss, Finetuner, History, PreservingLoss
+from pairclip.callbacks import Callback
 from pairclip.datasets import StreamBatches
+from pairclip.datasets.stream_items import StreamPlace
+from pairclip.towers import random_tower
 
 LEFT_OUT = pytest.mark.filterwarnings("ignore:.*are left out in epoch")
 
@@ -88,10 +94,9 @@ def test_epochs_differ_and_the_seed_decides() -> None:
 def test_workers_share_the_very_same_batches(workers: int) -> None:
     expected = shown(StreamBatches(items(), pixels_and_noise, 3, 4, buffer_size=40))
     batches = StreamBatches(items(), pixels_and_noise, 3, 4, buffer_size=40)
-    loader = DataLoader(batches, batch_size=None, num_workers=workers)
-    assert shown(loader) == expected
+    assert shown(batches.load(num_workers=workers)) == expected
     batches.start_at(0, 4)
-    assert shown(loader) == expected[4:]
+    assert shown(batches.load(num_workers=workers)) == expected[4:]
 
 
 def pixels_and_noise(image: Image.Image) -> torch.Tensor:
@@ -112,41 +117,219 @@ def test_a_run_goes_on_where_it_stopped() -> None:
         once.start_at(0, 3)
 
 
-@LEFT_OUT
-def test_a_streaming_hugging_face_dataset() -> None:
+ROWS = items(60, 3)
+
+
+def hugging_face() -> Any:
+    """A streaming dataset, shuffled anew each epoch."""
     rows = {
-        "picture": [Image.fromarray(image) for image, _ in items(24, 3)],
-        "kind": [label for _, label in items(24, 3)],
+        "picture": [Image.fromarray(image.repeat(8, 0).repeat(8, 1)) for image, _ in ROWS],
+        "kind": [label for _, label in ROWS],
     }
     features = hf.Features({"picture": hf.Image(), "kind": hf.ClassLabel(names=["a", "b", "c"])})
-    stream = hf.Dataset.from_dict(rows, features=features).to_iterable_dataset()
+    stream = hf.Dataset.from_dict(rows, features=features).to_iterable_dataset(num_shards=3)
+    return stream.shuffle(seed=0, buffer_size=10)
+
+
+def web_dataset(folder: Path) -> Any:
+    """Tar files of images and labels, as `webdataset` reads them."""
+    webdataset = pytest.importorskip("webdataset")
+    for shard in range(3):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for number in range(shard * 20, shard * 20 + 20):
+                image, label = ROWS[number]
+                buffer = io.BytesIO()
+                Image.fromarray(image.repeat(8, 0).repeat(8, 1)).save(buffer, "PNG")
+                for suffix, content in (("png", buffer.getvalue()), ("cls", f"{label}".encode())):
+                    entry = tarfile.TarInfo(f"{number:04}.{suffix}")
+                    entry.size = len(content)
+                    tar.addfile(entry, io.BytesIO(content))
+    return webdataset.WebDataset(
+        [str(folder / f"{shard}.tar") for shard in range(3)], shardshuffle=False
+    )
+
+
+SOURCES = {
+    "hugging face": lambda folder: (hugging_face(), {"image": "picture", "label": "kind"}),
+    "web dataset": lambda folder: (web_dataset(folder), {"image": "png", "label": "cls"}),
+    "list": lambda folder: (
+        [(image.repeat(8, 0).repeat(8, 1), label) for image, label in ROWS],
+        {},
+    ),
+}
+
+
+@pytest.fixture(params=[*SOURCES])
+def source(request: Any, tmp_path: Path) -> Any:
+    """Makes batches of a stream, the same each time it is called."""
+
+    def make(preprocess: Any = pixels, **options: Any) -> StreamBatches:
+        stream, keys = SOURCES[request.param](tmp_path)
+        return StreamBatches(stream, preprocess, 3, 2, buffer_size=18, **(keys | options))
+
+    return make
+
+
+@LEFT_OUT
+def test_streams_of_libraries_give_images_with_their_labels(source: Any) -> None:
+    for workers in (0, 2):
+        batches = source()
+        epochs = [shown(batches.load(num_workers=workers)) for _ in range(2)]
+        assert epochs[0] != epochs[1]
+        for epoch in epochs:
+            assert len(epoch) >= 8
+            for values, labels in epoch:
+                assert [ROWS[value][1] for value in values] == labels
+            used = [value for values, _ in epoch for value in values]
+            assert len({*used}) == len(used)
+
+
+class Interrupted(Callback):
+    """Breaks a fit off before the checkpoint of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    only_watches = True
+
+    def on_step(self, fit: Any) -> None:
+        if fit.step == self.step:
+            raise KeyboardInterrupt
+
+
+def trained(batches: Any, callbacks: Any = (), **options: Any) -> tuple[Any, History]:
+    tower = random_tower()
+    batches.preprocess = tower.preprocess
+    finetuner = Finetuner(
+        tower, AllPairsCosineLoss(negatives="squared"), learning_rate=1e-3, callbacks=callbacks
+    )
+    history = finetuner.fit(batches, **{"max_steps": 14, **options})
+    return torch.cat([p.detach().flatten() for p in tower.parameters()]), history
+
+
+@LEFT_OUT
+def test_a_fit_on_a_stream_is_one_on_the_same_batches_of_a_dataset() -> None:
     batches = StreamBatches(
-        stream.shuffle(seed=0, buffer_size=10),
+        [(image.repeat(8, 0).repeat(8, 1), label) for image, label in ROWS],
         pixels,
         3,
         2,
-        buffer_size=12,
-        image="picture",
-        label="kind",
+        buffer_size=18,
     )
-    epochs = [shown(batches), shown(batches)]
-    for epoch in epochs:
-        for values, labels in epoch:
-            assert [rows["kind"][value] for value in values] == labels
-    assert epochs[0] != epochs[1]
+    weights, history = trained(batches)
+    drawn = [batch for _ in range(2) for batch in shown(batches)]
+
+    class Sampler(list[Any]):
+        batch_size = 6
+
+    tower = random_tower()
+    images = np.stack([image.repeat(8, 0).repeat(8, 1) for image, _ in ROWS])
+    finetuner = Finetuner(tower, AllPairsCosineLoss(negatives="squared"), learning_rate=1e-3)
+    sampler = Sampler([values for values, _ in drawn])
+    finetuner.fit((images, [label for _, label in ROWS]), sampler=sampler, max_steps=14)
+    assert weights.equal(torch.cat([p.detach().flatten() for p in tower.parameters()]))
+    per_epoch = len(list(batches))
+    assert [record["epoch"] for record in history.steps] == [
+        step // per_epoch for step in range(14)
+    ]
 
 
 @LEFT_OUT
-def test_samples_of_a_webdataset() -> None:
-    def sample(number: int) -> dict[str, Any]:
-        buffer = io.BytesIO()
-        Image.new("RGB", (2, 2), (number, 0, 0)).save(buffer, "PNG")
-        return {"__key__": str(number), "png": buffer.getvalue(), "cls": str(number % 3).encode()}
+def test_a_fit_on_a_stream_resumes_exactly(source: Any, tmp_path: Path) -> None:
+    expected, history = trained(source())
+    folder: dict[str, Any] = {"checkpoint_dir": tmp_path / "checkpoints", "checkpoint_every": 2}
+    for stop, workers in ((4, 0), (13, 2)):  # the second is in another epoch
+        with pytest.raises(KeyboardInterrupt):
+            trained(source(), [Interrupted(stop + 1)], resume=True, num_workers=workers, **folder)
+    weights, resumed = trained(source(), [Interrupted(99)], resume=True, **folder)
+    assert weights.equal(expected)
+    assert resumed.steps == history.steps
 
-    stream = [sample(number) for number in range(12)]
-    batches = StreamBatches(stream, pixels, 3, 2, buffer_size=12, image="png", label="cls")
-    for values, labels in shown(batches):
-        assert [value % 3 for value in values] == labels
+
+@LEFT_OUT
+def test_a_stream_that_gives_something_else_is_not_gone_on_with(tmp_path: Path) -> None:
+    stream = [(image.repeat(8, 0).repeat(8, 1), label) for image, label in ROWS]
+
+    def batches(stream: Any) -> StreamBatches:
+        return StreamBatches(stream, pixels, 3, 2, buffer_size=18)
+
+    folder: dict[str, Any] = {"checkpoint_dir": tmp_path, "checkpoint_every": 2}
+    with pytest.raises(KeyboardInterrupt):
+        trained(batches(stream), [Interrupted(5)], **folder)
+    again: dict[str, Any] = {"callbacks": [Interrupted(99)], "resume": True, **folder}
+    with pytest.raises(ValueError, match="gives other items up to batch 4 of epoch 0"):
+        trained(batches(stream[::-1]), **again)
+    with pytest.raises(ValueError, match="gives other items up to batch 4 of epoch 0"):
+        trained(batches(stream[:20]), **again)
+    with pytest.raises(ValueError, match=r"list.*tuple|tuple.*list"):
+        trained(batches(tuple(stream)), **again)
+    trained(batches(stream), **again)
+
+
+@LEFT_OUT
+def test_a_stream_that_is_read_once_trains_and_does_not_resume(tmp_path: Path) -> None:
+    stream = [(image.repeat(8, 0).repeat(8, 1), label) for image, label in ROWS]
+    expected, _ = trained(StreamBatches(stream, pixels, 3, 2, buffer_size=18), max_steps=6)
+
+    def once() -> StreamBatches:
+        return StreamBatches((item for item in stream), pixels, 3, 2, buffer_size=18)
+
+    folder: dict[str, Any] = {"checkpoint_dir": tmp_path, "checkpoint_every": 2}
+    weights, _ = trained(once(), max_steps=6, **folder)
+    assert weights.equal(expected)
+    with pytest.raises(ValueError, match=r"has no batch in epoch 1\. Is it one that can be"):
+        trained(once(), max_steps=60)
+    for path in tmp_path.glob("step-*6"):
+        path.rename(tmp_path / "aside")
+    with pytest.raises(ValueError, match="generator that can be read once, so no place"):
+        trained(once(), max_steps=6, resume=True, **folder)
+
+
+@LEFT_OUT
+def test_processes_share_each_batch_of_a_stream() -> None:
+    batches = StreamBatches(items(), pixels, 3, 4, buffer_size=40)
+    start = StreamPlace(0, 0, 0)
+    whole, first, last = (
+        list(batches.run(start, 5, share)) for share in (slice(0, 12), slice(0, 6), slice(6, 12))
+    )
+    for all_of_it, one, other in zip(whole, first, last, strict=True):
+        assert all_of_it[0].equal(torch.cat([one[0], other[0]]))
+        assert all_of_it[1].equal(torch.cat([one[1], other[1]]))
+        assert all_of_it[2] == one[2] == other[2]
+    digests = [place.digest for *_, place in whole]
+    assert len({*digests}) == len(digests)
+
+
+def refused(options: dict[str, Any], loss: Any = None) -> None:
+    batches = StreamBatches(items(), pixels, 3, 4, buffer_size=40)
+    loss = AllPairsCosineLoss() if loss is None else loss
+    Finetuner(random_tower(), loss).fit(batches, **{"max_steps": 2, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_steps": None}, "`max_steps` is needed: .*one pass over it, has no known length"),
+        ({"sampler": [[0]]}, "`sampler` would be ignored: `dataset` is a stream"),
+        ({"batch_size": 12}, "`batch_size` would be ignored"),
+        ({"targets": torch.zeros(2, 2)}, "`targets` would be ignored"),
+        ({"keep": [np.zeros((16, 16, 3), np.uint8)]}, "`keep` would be ignored"),
+        ({"keep_share": 0.5}, "`keep_share` would be ignored"),
+        ({"check": "paths"}, "`check` would be ignored"),
+        ({"evaluate": len}, "`eval_every` is needed"),
+        ({"checkpoint_dir": "never"}, "`checkpoint_every` is needed"),
+    ],
+)
+def test_what_a_stream_can_not_do_is_said(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        refused(options)
+
+
+def test_losses_that_a_stream_can_not_serve_are_named() -> None:
+    with pytest.raises(ValueError, match="`loss` CosinePairLoss takes pairs, and a stream gives"):
+        refused({}, CosinePairLoss())
+    with pytest.raises(ValueError, match="`loss` PreservingLoss takes targets"):
+        refused({}, PreservingLoss(AllPairsCosineLoss(), weight=0.5))
 
 
 @LEFT_OUT

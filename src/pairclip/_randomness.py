@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+
+_T = TypeVar("_T")
 
 
 class Stream(IntEnum):
@@ -73,3 +75,19 @@ def random_state_kept() -> Iterator[None]:
         yield
     finally:
         set_random_state(state)
+
+
+def drawn_apart(make: Callable[[], Iterator[_T]], stream: Stream, *parts: int) -> Iterator[_T]:
+    """What an iterator gives, which draws as if the global generators were seeded for it alone."""
+    end: Any = object()
+    with random_state_kept():
+        seed_all(stream, *parts)
+        iterator, state = make(), random_state()
+    while True:
+        with random_state_kept():
+            set_random_state(state)
+            item = next(iterator, end)
+            state = random_state()
+        if item is end:
+            return
+        yield item

@@ -22,6 +22,8 @@ class History:
             `Evaluation.to_dict`.
         skipped_steps: Steps left out because a float16 gradient overflowed.
         stop_reason: Why a callback ended the fit early, or None.
+        unreadable: One record per image that ``LabelledImages(..., on_error="skip")`` left out:
+            ``argument`` of `fit` that it is of, ``index``, ``path`` (or None) and ``reason``.
 
     Example:
         >>> from pairclip import History
@@ -34,6 +36,7 @@ class History:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     skipped_steps: int = 0
     stop_reason: str | None = None
+    unreadable: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain lists, dicts and numbers."""
@@ -82,7 +85,7 @@ def _problem_of(read: Any) -> str | None:
     if not isinstance(read, dict):
         return f"it holds a {type(read).__name__}"
     names = [each.name for each in fields(History)]
-    if list(read) != names:
+    if list(read) not in (names, names[:-1]):  # the first files had no `unreadable`
         return f"its fields are {', '.join(map(repr, read)) or 'none'}, not {', '.join(names)}"
     for name in ("steps", "evaluations"):
         for record in read[name] if isinstance(read[name], list) else [read[name]]:
@@ -96,4 +99,7 @@ def _problem_of(read: Any) -> str | None:
         return f"`skipped_steps` is {read['skipped_steps']!r}, no count"
     if not (read["stop_reason"] is None or isinstance(read["stop_reason"], str)):
         return f"`stop_reason` is {read['stop_reason']!r}, no text"
+    for number, record in enumerate(read.get("unreadable", ())):
+        if not (isinstance(record, dict) and type(record.get("index")) is int):
+            return f"record {number} in `unreadable` is {record!r}, no image"
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,8 @@ class View(Source):
         self._indices = torch.where(indices < 0, indices + len(labels), indices)
         super().__init__(dataset, labels[self._indices], names)
         self.in_memory, self.of_features = whole.in_memory, whole.of_features
+        self.makes_images = whole.makes_images
+        self.unreadable = whole.unreadable
         self.system = None if whole.system is None else whole.system[self._indices]
 
     def image(self, index: int) -> Any:
@@ -86,6 +89,11 @@ class View(Source):
     def path(self, index: int) -> str | None:
         """That of the whole."""
         return self._whole.path(int(self._indices[index]))
+
+    def column(self, name: str) -> Sequence[Any] | None:
+        """That of the whole, at the items."""
+        values = self._whole.column(name)
+        return None if values is None else [values[index] for index in self._indices.tolist()]
 
     def held(self, index: int) -> Any:
         """That of the whole."""
@@ -119,6 +127,7 @@ class JoinedSource(Source):
         super().__init__(dataset, torch.cat(labels), names)
         self.in_memory = all(part.in_memory for part in parts)
         self.of_features = parts[0].of_features
+        self.unreadable = [problem for part in parts for problem in part.unreadable]
         if any(part.of_features != self.of_features for part in parts):
             raise ValueError(
                 "The joined datasets are images and cached features. Join one kind, for instance "
@@ -152,6 +161,13 @@ class JoinedSource(Source):
         """That of the part that it is in."""
         part, index = self._place(index)
         return part.path(index)
+
+    def column(self, name: str) -> Sequence[Any] | None:
+        """Those of the parts, if all have it."""
+        columns = [part.column(name) for part in self._parts]
+        if any(values is None for values in columns):
+            return None
+        return [value for values in columns for value in values or ()]
 
     def held(self, index: int) -> Any:
         """That of the part that it is in."""

@@ -44,10 +44,10 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         draft_decode: Decode JPEG files that are much larger than a tower takes at 1/2, 1/4 or 1/8
             of their size, several times as fast: so that the shorter side has at least 768 pixels,
             or as many as given here. The pixels differ a little from the exact ones.
-
         on_error: "raise" names the first image that can't be read and stops there. "skip" reads
             every image once now and leaves out those that can't be read, with one warning that
             counts them; so that labels, batches and results are of the others, in every process.
+            They are listed in `unreadable`, in an `Evaluation` and in the `History` of a fit.
         num_workers: Processes that read them; 0 does it in this one.
 
     Attributes:
@@ -89,13 +89,12 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         if not opened:
             _check_some_labels(source)
         source = _labelled(source, drop_missing)
-        self.unreadable: list[Problem] = list(dataset.unreadable) if opened else []
         if on_error == "skip":
-            self.unreadable += problems_of(source, num_workers=num_workers)
-            source = _readable(source, self.unreadable)
+            source = _readable(source, problems_of(source, num_workers=num_workers))
         if relabel:
             source = _relabelled(source)
         self.source = source
+        self.unreadable: list[Problem] = list(source.unreadable)
         self.labels, self.class_names = source.labels, source.class_names
         self.dataset: Any = source.dataset
         self.of_features = source.of_features
@@ -208,7 +207,9 @@ def _readable(source: Source, problems: list[Problem]) -> Source:
     )
     keep = torch.ones(len(source.labels), dtype=torch.bool)
     keep[[problem.index for problem in problems]] = False
-    return View(source.dataset, source, keep.nonzero()[:, 0])
+    view = View(source.dataset, source, keep.nonzero()[:, 0])
+    view.unreadable = [*source.unreadable, *problems]
+    return view
 
 
 def _relabelled(source: Source) -> Source:

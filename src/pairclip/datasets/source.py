@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from pairclip.datasets.notices import Notices
 from pairclip.datasets.rgb import as_rgb
+
+if TYPE_CHECKING:
+    from pairclip.datasets.checking import Problem
 
 
 class LabelsDiffer(ValueError):
@@ -31,13 +35,17 @@ class Source:
         class_names: Name of each class id, or None.
         in_memory: Whether the images are an array or a tensor, so that reading one draws nothing
             at random.
+        makes_images: Whether a PIL image that it gives is made for the caller alone.
         of_features: Whether the items are features of `cache_features`.
+        unreadable: The images that were left out because they can't be read.
         system: Which images are no images of the collection, but hidden files or those that a
             system or an editor left there, bool ``[N]``; or None.
     """
 
     in_memory = False
+    makes_images = False
     of_features = False
+    unreadable: Sequence[Problem] = ()
     system: Tensor | None = None
 
     def __init__(self, dataset: Any, labels: Tensor, class_names: list[str] | None) -> None:
@@ -62,6 +70,7 @@ class Source:
                 self.image(index),
                 shorter_side=shorter_side,
                 say=lambda kind, words: notices.say(kind, f"{self.name(index)}: {words}"),
+                copy=not self.makes_images,
             )
         except LabelsDiffer:
             raise
@@ -85,6 +94,12 @@ class Source:
     def path(self, index: int) -> str | None:
         """The file that an image is read from, where the dataset tells."""
         return None
+
+    def column(self, name: str) -> Sequence[Any] | None:
+        """A value of each image from a column, where the dataset has columns and this one."""
+        read = getattr(self.dataset, "column", None)
+        values: Sequence[Any] | None = read(name) if callable(read) else None
+        return values
 
     def held(self, index: int) -> Any:
         """The image as it lies in memory, before any transform, or None where it doesn't."""

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import DataLoader
 
 from pairclip import _checks
-from pairclip._randomness import Stream, random_state_kept, seed_all
+from pairclip._randomness import Stream, drawn_apart
 from pairclip.datasets.notices import Notices
-from pairclip.datasets.rgb import as_rgb
+from pairclip.datasets.stream_items import (
+    Decoder,
+    StreamBatch,
+    StreamItem,
+    StreamPlace,
+    as_it_is,
+    item_of,
+)
 
 
-class StreamBatches(IterableDataset[tuple[Tensor, Tensor]]):
-    """Batches from a stream that is larger than memory, or has no length, for your own loop.
+class StreamBatches:
+    """Batches from a stream that is larger than memory, or has no length.
 
-    At most `buffer_size` items wait in a buffer, as the stream gave them. Each batch takes K random
-    items of each of P random classes out of it. An epoch is one pass over the stream, and uses no
-    item twice; those of classes that don't get K together, and those in the buffer when the stream
-    ends and fewer than P classes have K, are left out and counted in one warning.
+    Give it to `Finetuner.fit` in place of a dataset, or iterate it in your own loop. At most
+    `buffer_size` items wait in a buffer, as the stream gave them. Each batch takes K random items
+    of each of P random classes out of it. An epoch is one pass over the stream, and uses no item
+    twice; those of classes that don't get K together, and those in the buffer when the stream ends
+    and fewer than P classes have K, are left out and counted in one warning.
 
-    In a ``DataLoader(batches, batch_size=None, num_workers=n)`` every worker reads the stream, and
-    decodes only its share of the batches; the batches are the same for any number of workers. The
-    workers don't tell which epoch they are in: call `start_at` before each but the first.
+    The stream is read in the main process, so it must not divide its items among workers; with
+    `load`, workers decode them. Under several processes each of them reads it whole and trains on
+    its slice of each batch.
 
     Args:
         stream: Iterated once an epoch: a streaming Hugging Face dataset, a WebDataset, any
@@ -88,10 +96,11 @@ class StreamBatches(IterableDataset[tuple[Tensor, Tensor]]):
         self.classes_per_batch = classes_per_batch
         self.samples_per_class = samples_per_class
         self.buffer_size = buffer_size
+        self.class_names = None if class_names is None else list(class_names)
         self.seed = seed
         self._ids = {name: id_ for id_, name in enumerate(class_names or ())}
         self._keys = image, label
-        self._epoch = self._first_batch = 0
+        self._next = StreamPlace(0, 0, None)
         self._notices = Notices()
 
     def start_at(self, epoch: int, batch: int = 0) -> None:
@@ -102,46 +111,118 @@ class StreamBatches(IterableDataset[tuple[Tensor, Tensor]]):
         Raises:
             ValueError: If the stream can be read only once.
         """
-        self._epoch = _checks.check_count("epoch", epoch)
-        self._first_batch = _checks.check_count("batch", batch)
-        if isinstance(self.stream, Iterator) and (epoch or batch):
+        self._next = StreamPlace(
+            _checks.check_count("epoch", epoch), _checks.check_count("batch", batch), None
+        )
+        self._check_can_start(self._next)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch, decoded in this process; next time those of the next epoch."""
+        return self.load()
+
+    def load(self, *, num_workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch, decoded by workers, the same for any number of them.
+
+        Args:
+            num_workers: Processes that decode; 0 does it in this one.
+
+        Yields:
+            Pixel values ``[P K, 3, H, W]`` and class ids ``[P K]``, int64.
+        """
+        epoch, first, _ = self._next
+        self._next = StreamPlace(epoch + 1, 0, None)
+        drawn = (batch for batch in self._epoch(epoch) if batch.place.batch > first)
+        for pixel_values, labels, _ in self._loader(drawn, num_workers=num_workers):
+            yield pixel_values, labels
+
+    def run(
+        self, start: StreamPlace, num_batches: int, share: slice, **loading: Any
+    ) -> DataLoader[tuple[Tensor, Tensor, StreamPlace]]:
+        """A process's slices of so many batches, over epochs, each with the place after it.
+
+        Args:
+            start: The place after the last batch before.
+            num_batches: Batches to load.
+            share: Items of each batch that are this process's.
+            loading: Arguments of the `DataLoader`.
+
+        Raises:
+            ValueError: If the stream can be read only once and `start` is not its beginning; and
+                while iterating, if it gives other items than before, or an epoch has no batch.
+        """
+        self._check_can_start(start)
+        return self._loader(self._from(start, num_batches, share), **loading)
+
+    def _loader(self, drawn: Iterator[StreamBatch], **loading: Any) -> DataLoader[Any]:
+        return DataLoader(
+            Decoder(self.preprocess, self.seed, self._notices),
+            batch_sampler=drawn,  # type: ignore[arg-type] # which takes any iterable
+            collate_fn=as_it_is,
+            generator=torch.Generator(),  # else the loader draws from the caller's
+            **loading,
+        )
+
+    def _check_can_start(self, start: StreamPlace) -> None:
+        if isinstance(self.stream, Iterator) and (start.epoch or start.batch):
             raise ValueError(
                 f"`stream` is a {type(self.stream).__name__} that can be read once, so no place in "
                 "it can be found again. Give an iterable that starts anew, such as a dataset."
             )
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch; the next iteration is of the next epoch."""
-        epoch, first = self._epoch, self._first_batch
-        self._epoch, self._first_batch = epoch + 1, 0
-        worker = get_worker_info()
-        share, shares = (worker.id, worker.num_workers) if worker else (0, 1)
-        for number, batch in enumerate(self._batches(epoch)):
-            # As the loader takes turns from the first batch that is wanted.
-            if number >= first and (number - first) % shares == share:
-                yield self._decoded(batch, epoch)
+    def _from(self, start: StreamPlace, num_batches: int, share: slice) -> Iterator[StreamBatch]:
+        epoch, first, digest = start
+        while True:
+            place = StreamPlace(epoch, 0, 0)
+            for place, items in self._epoch(epoch):
+                if place.batch > first:
+                    yield StreamBatch(place, items[share])
+                    num_batches -= 1
+                    if not num_batches:
+                        return
+                elif place.batch == first and place.digest != digest:
+                    break
+            if place.batch <= first > 0:
+                raise ValueError(
+                    f"`stream` gives other items up to batch {first} of epoch {epoch} than it gave "
+                    "before, so a run can't go on there exactly. Let it give the same items in the "
+                    "same order each time, or start again in another `checkpoint_dir`."
+                )
+            if not place.batch:
+                raise ValueError(
+                    f"`stream` has no batch in epoch {epoch}. Is it one that can be read only "
+                    "once, or of too few classes? Give more items, or train fewer steps."
+                )
+            epoch, first = epoch + 1, 0
 
-    def _batches(self, epoch: int) -> Iterator[list[_Item]]:
+    def _epoch(self, epoch: int) -> Iterator[StreamBatch]:
+        """All batches of an epoch."""
+        return drawn_apart(lambda: self._batches(epoch), Stream.BATCHES, self.seed, epoch)
+
+    def _batches(self, epoch: int) -> Iterator[StreamBatch]:
         draw = np.random.default_rng((self.seed, epoch))
-        if hasattr(self.stream, "set_epoch"):
-            self.stream.set_epoch(epoch)
-        waiting: dict[int, list[_Item]] = {}
-        count = left_out = 0
-        for position, item in enumerate(self.stream):
-            entry = self._item(position, item)
+        stream, feature = self._encoded()
+        if hasattr(stream, "set_epoch"):
+            stream.set_epoch(epoch)
+        waiting: dict[int, list[StreamItem]] = {}
+        number = count = left_out = digest = 0
+        for position, item in enumerate(stream):
+            entry = item_of(position, item, self._keys, self._ids, feature)
+            digest = entry.digest(digest)
             waiting.setdefault(entry.label, []).append(entry)
             count += 1
             while count >= self.buffer_size:
                 batch = self._draw(waiting, draw)
                 if batch is not None:
                     count -= len(batch)
-                    yield batch
+                    number += 1
+                    yield StreamBatch(StreamPlace(epoch, number, digest), batch)
                 else:
                     self._drop_oldest(waiting)
                     count, left_out = count - 1, left_out + 1
         while (batch := self._draw(waiting, draw)) is not None:
             count -= len(batch)
-            yield batch
+            number += 1
+            yield StreamBatch(StreamPlace(epoch, number, digest), batch)
         if count + left_out:
             self._notices.say(
                 "left out",
@@ -150,9 +231,20 @@ class StreamBatches(IterableDataset[tuple[Tensor, Tensor]]):
                 "too few classes did at the end.",
             )
 
+    def _encoded(self) -> tuple[Any, Any]:
+        """The stream, and the feature that decodes its images if it is one of Hugging Face's."""
+        key, stream = self._keys[0], self.stream
+        feature: Any = (getattr(stream, "features", None) or {}).get(key)
+        if type(feature).__name__ != "Image":
+            return stream, None
+        # Encoded, as the files are: they take less memory, and workers decode them.
+        plain: Any = stream
+        encoded = plain.with_format(None).cast_column(key, type(feature)(decode=False))
+        return encoded, type(feature)()
+
     def _draw(
-        self, waiting: dict[int, list[_Item]], draw: np.random.Generator
-    ) -> list[_Item] | None:
+        self, waiting: dict[int, list[StreamItem]], draw: np.random.Generator
+    ) -> list[StreamItem] | None:
         """Take a batch out of the buffer, or None where it has none."""
         ready = [label for label, items in waiting.items() if len(items) >= self.samples_per_class]
         if len(ready) < self.classes_per_batch:
@@ -169,7 +261,7 @@ class StreamBatches(IterableDataset[tuple[Tensor, Tensor]]):
                 del waiting[ready[place]]
         return batch
 
-    def _drop_oldest(self, waiting: dict[int, list[_Item]]) -> None:
+    def _drop_oldest(self, waiting: dict[int, list[StreamItem]]) -> None:
         """Make room by leaving out an item of a class that has too few."""
         rare = [items for items in waiting.values() if len(items) < self.samples_per_class]
         if not rare:
@@ -182,50 +274,3 @@ class StreamBatches(IterableDataset[tuple[Tensor, Tensor]]):
         label = oldest.pop(0).label
         if not oldest:
             del waiting[label]
-
-    def _item(self, position: int, item: Any) -> _Item:
-        if isinstance(item, Mapping):
-            missing = [key for key in self._keys if key not in item]
-            if missing:
-                raise ValueError(
-                    f"Item {position} of the stream has no {missing}, but {list(item)}. Name its "
-                    "keys with `image=` and `label=`."
-                )
-            item = tuple(item[key] for key in self._keys)
-        if not (isinstance(item, (tuple, list)) and len(item) == 2):
-            raise TypeError(
-                f"Item {position} of the stream must be a pair (image, label) or a dict, got "
-                f"{type(item).__name__}."
-            )
-        image, label = item
-        if isinstance(label, bytes):  # as a WebDataset has it
-            label = label.decode()
-        if isinstance(label, str):
-            label = self._ids.get(label, int(label) if label.isdecimal() else label)
-        if isinstance(label, (Tensor, np.ndarray, np.generic)):
-            label = label.item()
-        if not isinstance(label, int) or label == -1:
-            raise ValueError(
-                f"Item {position} of the stream must have a class id, or a name in `class_names`, "
-                f"got {label!r}."
-            )
-        return _Item(position, int(label), image)
-
-    def _decoded(self, batch: list[_Item], epoch: int) -> tuple[Tensor, Tensor]:
-        values = []
-        with random_state_kept():
-            for item in batch:
-                seed_all(Stream.ITEM, self.seed, epoch, item.position)
-                try:
-                    values.append(self.preprocess(as_rgb(item.image, say=self._notices.say)))
-                except Exception as error:
-                    raise ValueError(
-                        f"Item {item.position} of the stream can't be read: {error}"
-                    ) from error
-        return torch.stack(values), torch.tensor([item.label for item in batch])
-
-
-class _Item(NamedTuple):
-    position: int
-    label: int
-    image: Any

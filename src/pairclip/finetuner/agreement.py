@@ -67,7 +67,8 @@ class BatchDigests:
                 raise ValueError(
                     f"At step {step}, process {number} has drawn another batch than process 0. Let "
                     "`sampler` draw from the global generators of Python, NumPy or torch, which "
-                    "are seeded alike, or give it the same seed on all processes."
+                    "are seeded alike, or give it the same seed on all processes; a stream must "
+                    "give the same items in the same order to each."
                 )
 
 

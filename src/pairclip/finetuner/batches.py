@@ -11,13 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pairclip._randomness import (
-    Stream,
-    random_state,
-    random_state_kept,
-    seed_all,
-    set_random_state,
-)
+from pairclip._randomness import Stream, drawn_apart, random_state_kept, seed_all
 from pairclip.finetuner.agreement import BatchDigests
 from pairclip.finetuner.images import FitImages, KeptDeck, kept_deck
 from pairclip.samplers import PairSampler, default_sampler
@@ -151,19 +145,10 @@ class RunBatches:
     def _epoch(self, epoch: int) -> Iterator[Sequence[int]]:
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
-        with random_state_kept():
-            seed_all(Stream.BATCHES, self.seed, epoch)
-            batches = iter(self.sampler)
-            state = random_state()
+        batches = drawn_apart(lambda: iter(self.sampler), Stream.BATCHES, self.seed, epoch)
         kept = None if self.kept is None else self.kept.epoch(epoch, len(self.sampler))
         count = 0
-        while True:
-            with random_state_kept():
-                set_random_state(state)
-                batch = next(batches, None)
-                state = random_state()
-            if batch is None:
-                break
+        for batch in batches:
             count += 1
             if count > len(self.sampler):
                 break

@@ -55,6 +55,15 @@ def _evaluate(
     return vars(evaluate_embeddings(embeddings, data.labels, class_names=data.class_names))
 
 
+def left_out_of(images: Mapping[str, LabelledImages | None]) -> list[dict[str, Any]]:
+    """Records of `History.unreadable`."""
+    return [
+        {"argument": name, **vars(problem)}
+        for name, data in images.items()
+        for problem in (() if data is None else data.unreadable)
+    ]
+
+
 def check_all_images(
     images: Mapping[str, LabelledImages | None], how: str | None, num_workers: int
 ) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pairclip.callbacks import Callback, FitState
 from pairclip.callbacks.base import check_callbacks
-from pairclip.datasets import LabelledImages
+from pairclip.datasets import LabelledImages, StreamBatches
 from pairclip.finetuner.accelerators import (
     accelerate_state_kept,
     check_accelerator,
@@ -28,18 +28,14 @@ from pairclip.finetuner.agreement import (
     lost_processes_named,
     one_fit_at_a_time,
 )
-from pairclip.finetuner.batches import (
-    BATCH_SIZE,
-    KEEP_SHARE,
-    BatchSampler,
-    RunBatches,
-    TrainingItems,
-    choose_batches,
-    loader_of,
+from pairclip.finetuner.batches import BATCH_SIZE, KEEP_SHARE, BatchSampler
+from pairclip.finetuner.evaluations import (
+    check_all_images,
+    choose_evaluation,
+    left_out_of,
 )
-from pairclip.finetuner.evaluations import check_all_images, choose_evaluation
+from pairclip.finetuner.feeds import DatasetFeed, Feed, StreamFeed
 from pairclip.finetuner.identity import config_of, identity_of, statement_of
-from pairclip.finetuner.images import FitImages
 from pairclip.finetuner.loop import Loop
 from pairclip.finetuner.resuming import Saver
 from pairclip.finetuner.settings import (
@@ -53,7 +49,7 @@ from pairclip.finetuner.settings import (
 )
 from pairclip.finetuner.step import Trainer
 from pairclip.finetuner.stop_signals import StopSignals, leave_stopping_to_main
-from pairclip.finetuner.targets import check_targets, untouched_embeddings
+from pairclip.finetuner.targets import untouched_embeddings
 from pairclip.history import History
 from pairclip.towers import VisionTower, tower_of
 
@@ -187,7 +183,9 @@ class Finetuner:
         """Train the tower in place, and leave it on the accelerator's device.
 
         Args:
-            dataset: Any labelled dataset that `LabelledImages` takes, or cached features.
+            dataset: Any labelled dataset that `LabelledImages` takes, or cached features. Or a
+                stream as `StreamBatches`, whose epoch is one pass; it needs `max_steps`, and
+                `eval_every` and `checkpoint_every` where something is evaluated or saved.
             sampler: A batch sampler over `dataset`; `fit` sets its epoch, from 0. By default a
                 `PairSampler` for a loss that takes pairs, and for other losses a
                 `ClassBalancedSampler`, or a `PairSampler` where the classes don't allow that.
@@ -256,26 +254,27 @@ class Finetuner:
         leave = partial(leave_stopping_to_main, left=signals.left)
         workers: dict[str, Any] = {"num_workers": num_workers}
         workers["worker_init_fn"] = None if plan.checkpoint_dir is None else leave
-        images = FitImages(LabelledImages(dataset), keep)
+        chosen: dict[str, Any] = {"sampler": sampler, "batch_size": batch_size}
+        chosen |= {"targets": targets, "keep": keep, "keep_share": keep_share}
+        feed: Feed
+        if isinstance(dataset, StreamBatches):
+            feed = StreamFeed(self.loss, dataset, plan, **chosen)
+        else:
+            preprocess = tower_of(self.tower).preprocess
+            feed = DatasetFeed(self.loss, dataset, preprocess, seed=self.seed, **chosen)
         evaluated = None if eval_dataset is None else LabelledImages(eval_dataset)
         evaluate = choose_evaluation(evaluate, evaluated, workers)
-        named = {"dataset": images.data, "keep": images.keep, "eval_dataset": evaluated}
+        named = {**feed.named_images, "eval_dataset": evaluated}
         check_all_images(named, check, num_workers)
-        rows = check_targets(self.loss, targets, images)
-        sampler, kept = choose_batches(
-            self.loss, images, sampler, batch_size=batch_size, keep_share=keep_share, seed=self.seed
-        )
         accelerator = self.accelerator or new_accelerator(self.settings.precision)
         check_accelerator(accelerator)
-        items = TrainingItems(images, tower_of(self.tower).preprocess, seed=self.seed)
         digests = None
         if accelerator.num_processes > 1:
             digests = BatchDigests()
-            statement = statement_of(
-                self.tower, self.loss, self.settings, plan, sampler, items, rows, evaluated
-            )
+            statement = statement_of(self.tower, self.loss, self.settings, plan, feed, evaluated)
             check_same(accelerator, statement)
-        num_steps = epochs * len(sampler) if max_steps is None else max_steps
+        per_epoch = feed.steps_per_epoch or 0
+        num_steps = epochs * per_epoch if max_steps is None else max_steps
         trainer = Trainer(self.tower, self.loss, self.settings, accelerator, num_steps)
         fit = FitState(
             tower=trainer.tower,
@@ -283,46 +282,39 @@ class Finetuner:
             accelerator=accelerator,
             num_steps=num_steps,
             evaluates=plan.evaluates,
-            config=config_of(trainer, sampler, kept),
+            config=config_of(trainer, feed),
+            history=History(unreadable=left_out_of(named)),
         )
         saver = None
         if plan.checkpoint_dir is not None:
-            every = checkpoint_every or len(sampler)
+            every = checkpoint_every or per_epoch
             saver = Saver(
-                plan.checkpoint_dir, every, keep_checkpoints, trainer, fit, self.callbacks
+                plan.checkpoint_dir, every, keep_checkpoints, trainer, fit, feed, self.callbacks
             )
         with saver or nullcontext():
             checkpoint = None if saver is None else saver.newest(wanted=resume)
-            if rows is None and getattr(self.loss, "preserves", False):
+            rows = feed.targets
+            if rows is None and feed.images is not None and getattr(self.loss, "preserves", False):
                 folder = None if checkpoint is None else plan.checkpoint_dir
-                rows = untouched_embeddings(self.tower, images, self.seed, workers, folder)
+                rows = untouched_embeddings(self.tower, feed.images, self.seed, workers, folder)
             if saver is not None:
-                identity = identity_of(trainer, items, rows, fit.config, self.callbacks)
+                identity = identity_of(trainer, feed.items, rows, fit.config, self.callbacks)
                 saver.start(checkpoint, identity, None if targets is not None else rows)
-            batches = RunBatches(
-                sampler,
-                num_items=len(images.data),
-                steps=range(fit.step, num_steps),
-                seed=self.seed,
-                process=accelerator.process_index,
-                num_processes=accelerator.num_processes,
-                kept=kept,
-                digests=digests,
-            )
             loop = Loop(
                 trainer,
                 fit,
                 self.callbacks,
-                steps_per_epoch=len(sampler),
+                epoch_of=feed.epoch_of,
                 targets=rows,
                 digests=digests,
                 evaluate=evaluate,
-                eval_every=eval_every or len(sampler),
+                eval_every=eval_every or per_epoch,
                 saver=saver,
                 signals=signals,
             )
             with trainer.training(), signals:
-                ended = loop.train(loader_of(items, batches, accelerator.device, workers))
+                steps = range(fit.step, num_steps)
+                ended = loop.train(feed.load(steps, accelerator, digests, workers))
         if not ended or signals.caught is not None:
             signals.obey()
         return fit.history

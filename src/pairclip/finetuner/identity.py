@@ -17,9 +17,9 @@ from torch.utils.data import Sampler
 from pairclip._files import bytes_of
 from pairclip.callbacks import Callback
 from pairclip.checkpoints import trained_tensors
-from pairclip.datasets import LabelledImages
-from pairclip.finetuner.batches import BatchSampler, ItemKey, TrainingItems
-from pairclip.finetuner.images import KeptDeck
+from pairclip.datasets import LabelledImages, StreamBatches
+from pairclip.finetuner.batches import ItemKey, TrainingItems
+from pairclip.finetuner.feeds import Feed
 from pairclip.finetuner.settings import Plan, Settings
 from pairclip.finetuner.step import Trainer
 from pairclip.towers import tower_of
@@ -30,13 +30,13 @@ _SAMPLED_ITEMS = 8
 _ADDED_LATER = {"positive_margin": 1.0}
 
 
-def config_of(trainer: Trainer, sampler: BatchSampler, kept: KeptDeck | None) -> dict[str, Any]:
+def config_of(trainer: Trainer, feed: Feed) -> dict[str, Any]:
     """What a fit was asked for, as plain values."""
-    settings = trainer.settings
+    settings, kept = trainer.settings, feed.kept
     return {
         "loss": describe(trainer.loss),
-        "sampler": describe(sampler),
-        "batches per epoch": len(sampler),
+        "sampler": describe(feed.sampler),
+        "batches per epoch": feed.steps_per_epoch,
         "steps": trainer.num_steps,
         "optimizer": type(trainer.optimizer).__qualname__,
         "learning_rate": trainer.peak_rates[0],
@@ -51,7 +51,7 @@ def config_of(trainer: Trainer, sampler: BatchSampler, kept: KeptDeck | None) ->
 
 def identity_of(
     trainer: Trainer,
-    items: TrainingItems,
+    items: TrainingItems | StreamBatches,
     targets: Tensor | None,
     config: Mapping[str, Any],
     callbacks: Sequence[Callback],
@@ -62,7 +62,7 @@ def identity_of(
         UserWarning: If images differ when they are loaded again, so that resuming isn't exact.
     """
     dataset = dataset_identity(items, targets)
-    if dataset["some images, preprocessed"] is None:
+    if dataset.get("some images, preprocessed", "") is None:
         warnings.warn(
             "`dataset` gives other pixels when the same images are loaded again: a transform draws "
             "from a generator of its own. A resumed run won't end in the same weights, and other "
@@ -106,8 +106,13 @@ def model_identity(tower: nn.Module) -> dict[str, Any]:
     }
 
 
-def dataset_identity(items: TrainingItems, targets: Tensor | None) -> dict[str, Any]:
+def dataset_identity(
+    items: TrainingItems | StreamBatches, targets: Tensor | None
+) -> dict[str, Any]:
     """What is the same in the same images; None for pixels that are others each time."""
+    if isinstance(items, StreamBatches):
+        # What it gives is compared where it is read up to the place of a checkpoint.
+        return {"stream": type(items.stream).__qualname__, "class names": items.class_names}
     images = items.images
     chosen = [i * (len(images) - 1) // (_SAMPLED_ITEMS - 1) for i in range(_SAMPLED_ITEMS)]
     keys = [ItemKey(0, i, item) for i, item in enumerate(chosen)]
@@ -126,18 +131,16 @@ def statement_of(
     loss: object,
     settings: Settings,
     plan: Plan,
-    sampler: BatchSampler,
-    items: TrainingItems,
-    targets: Tensor | None,
+    feed: Feed,
     evaluated: LabelledImages | None,
 ) -> dict[str, Any]:
     """What a process is about to do, as far as all processes must do the same."""
     return {
         "tower": model_identity(tower),
-        "dataset": dataset_identity(items, targets),
+        "dataset": dataset_identity(feed.items, feed.targets),
         "loss": describe(loss),
-        "sampler": describe(sampler),
-        "batches per epoch": len(sampler),
+        "sampler": describe(feed.sampler),
+        "batches per epoch": feed.steps_per_epoch,
         "settings": {name: _plain(value) for name, value in vars(settings).items()},
         "fit": {name: _plain(value) for name, value in vars(plan).items() if name != "num_workers"},
         "eval_dataset": None if evaluated is None else _digest({"labels": evaluated.labels}),

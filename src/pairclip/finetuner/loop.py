@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,7 +28,7 @@ class Loop:
         trainer: Takes the steps.
         fit: What callbacks see; its `step` is where the fit is.
         callbacks: Called in this order.
-        steps_per_epoch: Batches of the sampler's epoch.
+        epoch_of: From a step, from 0, to its epoch.
         targets: A row for each image of the fit, if the loss takes them.
         digests: Of the batches that this process has drawn, if there are others to differ from.
         evaluate: Called with the tower every `eval_every` steps and after the last, if given.
@@ -43,7 +43,7 @@ class Loop:
         fit: FitState,
         callbacks: Sequence[Callback],
         *,
-        steps_per_epoch: int,
+        epoch_of: Callable[[int], int],
         targets: Tensor | None,
         digests: BatchDigests | None,
         evaluate: Evaluate | None,
@@ -54,7 +54,7 @@ class Loop:
         self.trainer = trainer
         self.fit = fit
         self.callbacks = callbacks
-        self.steps_per_epoch = steps_per_epoch
+        self.epoch_of = epoch_of
         self.targets = targets
         self.digests = digests
         self.evaluate = evaluate
@@ -62,7 +62,7 @@ class Loop:
         self.saver = saver
         self.signals = signals
 
-    def train(self, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> bool:
+    def train(self, batches: Iterable[tuple[Tensor, Tensor, Tensor | None]]) -> bool:
         """Take the steps that are left; whether the end was reached, not a stop signal."""
         fit = self.fit
         for callback in self.callbacks:
@@ -96,13 +96,15 @@ class Loop:
             callback.on_fit_end(fit)
         return True
 
-    def _step(self, pixels: Tensor, labels: Tensor, items: Tensor) -> dict[str, float | None]:
+    def _step(
+        self, pixels: Tensor, labels: Tensor, items: Tensor | None
+    ) -> dict[str, float | None]:
         fit, history = self.fit, self.fit.history
         if self.digests is not None:
             self.digests.check_same(fit.accelerator, fit.step + 1)
         targets = None if self.targets is None else self.targets[items]
         batch, record, skipped = self.trainer(pixels, labels, targets, fit.step + 1)
-        epoch = fit.step // self.steps_per_epoch
+        epoch = self.epoch_of(fit.step)
         fit.step += 1
         history.steps.append({"step": fit.step, "epoch": epoch, **record})
         history.skipped_steps += skipped

@@ -22,6 +22,7 @@ from pairclip.checkpoints import (
     trained_tensors,
     write_checkpoint,
 )
+from pairclip.finetuner.feeds import Feed
 from pairclip.finetuner.step import Trainer
 from pairclip.finetuner.targets import write_targets
 from pairclip.history import History
@@ -37,6 +38,7 @@ class Saver:
         keep: int,
         trainer: Trainer,
         fit: FitState,
+        feed: Feed,
         callbacks: Sequence[Callback],
     ) -> None:
         self.directory = directory
@@ -44,6 +46,7 @@ class Saver:
         self.keep = keep
         self.trainer = trainer
         self.fit = fit
+        self.feed = feed
         self.callbacks = callbacks
         self.identity: dict[str, Any] = {}
         self._lock = ExitStack()
@@ -112,6 +115,7 @@ class Saver:
         weights = state["weights"] if state["weights"] is not None else checkpoint.weights()
         copy_into(trained_tensors(self.trainer.tower), weights)
         self.trainer.load_state_dict(state["run"])
+        self.feed.load_state_dict(state.get("feed", {}))
         for callback, its_state in zip(self.callbacks, state["callbacks"], strict=True):
             callback.load_state_dict(its_state)
         self.fit.step = checkpoint.step
@@ -120,6 +124,7 @@ class Saver:
             state["evaluations"],
             state["run"]["skipped_steps"],
             state["stop_reason"],
+            self.fit.history.unreadable,
         )
 
     def _newest(self) -> Checkpoint | None:
@@ -155,6 +160,7 @@ class Saver:
                 "weights": None if fit.averages is None else weights,
                 "identity": self.identity,
                 "run": {**trainer.state_dict(), "skipped_steps": history.skipped_steps},
+                "feed": self.feed.state_dict(),
                 "callbacks": [callback.state_dict() for callback in self.callbacks],
                 "steps": history.steps,
                 "evaluations": history.evaluations,

@@ -1,0 +1,130 @@
+"""Items of a stream as they wait in a buffer, and how a batch of them becomes pixel values."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from pairclip._randomness import Stream, random_state_kept, seed_all
+from pairclip.datasets.notices import Notices
+from pairclip.datasets.rgb import as_rgb
+
+
+class StreamPlace(NamedTuple):
+    """How far a run over a stream has come.
+
+    Attributes:
+        epoch: From 0.
+        batch: Batches of it that were drawn.
+        digest: Of what the stream gave in this epoch until then; None where nobody knows.
+    """
+
+    epoch: int
+    batch: int
+    digest: int | None
+
+
+class StreamItem(NamedTuple):
+    """One image and its class id, not decoded."""
+
+    position: int
+    label: int
+    image: Any
+    feature: Any  # of Hugging Face, if it decodes the image
+
+    def digest(self, before: int) -> int:
+        """A number for what the stream gave until now, the same for the same items."""
+        image = self.image
+        if self.feature is not None and image is not None:
+            image = image["bytes"]
+        encoded = image if isinstance(image, bytes) else b""
+        return zlib.crc32(encoded, zlib.crc32(f"{self.label} ".encode(), before))
+
+    def picture(self) -> Any:
+        """What `as_rgb` takes."""
+        if self.feature is None or self.image is None:
+            return self.image
+        if self.image["bytes"] is not None:
+            return self.image["bytes"]
+        path = self.image["path"]  # perhaps within an archive, or of another machine
+        return path if os.path.isfile(path) else self.feature.decode_example(self.image)
+
+
+class StreamBatch(NamedTuple):
+    """Items that were drawn together."""
+
+    place: StreamPlace  # after it
+    items: list[StreamItem]
+
+
+class Decoder(Dataset[Any]):
+    """Pixel values and labels of a batch; what is random follows from the places of its items."""
+
+    def __init__(self, preprocess: Callable[[Any], Tensor], seed: int, notices: Notices) -> None:
+        self.preprocess = preprocess
+        self.seed = seed
+        self.notices = notices
+
+    def __getitems__(self, batch: StreamBatch) -> tuple[Tensor, Tensor, StreamPlace]:
+        """The batch (a `DataLoader` asks for its items at once)."""
+        values = []
+        with random_state_kept():
+            for item in batch.items:
+                seed_all(Stream.ITEM, self.seed, batch.place.epoch, item.position)
+                try:
+                    image = as_rgb(item.picture(), say=self.notices.say)
+                    values.append(self.preprocess(image))
+                except Exception as error:
+                    raise ValueError(
+                        f"Item {item.position} of the stream can't be read: {error}"
+                    ) from error
+        return torch.stack(values), torch.tensor([item.label for item in batch.items]), batch.place
+
+
+def as_it_is(batch: Any) -> Any:
+    """What a `DataLoader` is to do with a batch that is one already."""
+    return batch
+
+
+def item_of(
+    position: int, item: Any, keys: tuple[str, str], ids: Mapping[str, int], feature: Any
+) -> StreamItem:
+    """An item as the stream gave it, with its class id; `feature` decodes its image, if any does.
+
+    Raises:
+        ValueError: If it has no class id. The message names it.
+        TypeError: If it is no pair and no dict.
+    """
+    if isinstance(item, Mapping):
+        missing = [key for key in keys if key not in item]
+        if missing:
+            raise ValueError(
+                f"Item {position} of the stream has no {missing}, but {list(item)}. Name its "
+                "keys with `image=` and `label=`."
+            )
+        item = tuple(item[key] for key in keys)
+    if not (isinstance(item, (tuple, list)) and len(item) == 2):
+        raise TypeError(
+            f"Item {position} of the stream must be a pair (image, label) or a dict, got "
+            f"{type(item).__name__}."
+        )
+    image, label = item
+    if isinstance(label, bytes):  # as a WebDataset has it
+        label = label.decode()
+    if isinstance(label, str):
+        label = ids.get(label, int(label) if label.isdecimal() else label)
+    if isinstance(label, (Tensor, np.ndarray, np.generic)):
+        label = label.item()
+    if not isinstance(label, int) or label == -1:
+        raise ValueError(
+            f"Item {position} of the stream must have a class id, or a name in `class_names`, "
+            f"got {label!r}."
+        )
+    return StreamItem(position, int(label), image, feature)
