@@ -15,9 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import Subset
 
-from pairclip import LabelledImages, TableDataset
+from pairclip import LabelledImages, TableDataset, evaluate
 from pairclip.datasets import tables
+from pairclip.towers import random_tower
 
 LABELS = ["dog", "cat", "dog", "ant"]
 
@@ -211,10 +213,50 @@ def test_wrong_tables_are_errors(
         TableDataset(table, **{"image": "path", "label": "label", **options})
 
 
-def test_boxes_are_not_applied_and_that_is_said(folder: Path) -> None:
-    (folder / "boxes.csv").write_text("path,label,x_1,x_2,y_1,y_2\n0.png,a,0,1,0,1\n")
-    with pytest.warns(UserWarning, match="The table has boxes"):
-        TableDataset(folder / "boxes.csv", image="path", label="label")
+@pytest.mark.parametrize("kind", ["csv", "parquet", "pandas"])
+def test_what_is_in_a_box_is_the_image(tmp_path: Path, kind: str) -> None:
+    values = np.arange(20 * 30, dtype=np.uint8).reshape(20, 30)
+    image = Image.fromarray(values).convert("RGB")
+    image.save(tmp_path / "0.png")
+    frame = pandas.DataFrame(
+        {
+            "path": ["0.png"] * 4,
+            "label": ["a", "a", "b", "b"],
+            "x_1": [3, None, -2, 40],
+            "x_2": [10, None, 5, 50],
+            "y_1": [1, None, 15, 0],
+            "y_2": [19, None, 99, 10],
+        }
+    )
+    table = write(tmp_path, kind, frame)
+    dataset = TableDataset(table, image="path", label="label", root=tmp_path)
+    data = LabelledImages(dataset)
+    for index, box in ((0, (3, 1, 10, 19)), (1, (0, 0, 30, 20)), (2, (0, 15, 5, 20))):
+        assert data[index][0].tobytes() == dataset[index][0].tobytes()
+        assert data[index][0].tobytes() == image.crop(box).tobytes()
+    assert len({data.source.identity(index) for index in range(4)}) == 4  # of one file
+    with pytest.raises(ValueError, match=r"Image 3 .*its box, x_1 40, .* has nothing of the image"):
+        data[3]
+
+
+def test_columns_beside_are_read_when_they_are_asked_for(folder: Path) -> None:
+    (folder / "oml.csv").write_text(
+        "path,label,split,is_query,is_gallery,category,sequence\n"
+        "0.png,1,train,,,bird,s0\n1.png,2,validation,True,True,bird,s1\n"
+        "2.png,2,validation,True,True,bird,s1\n3.png,2,validation,True,True,bird,s2\n"
+    )
+    options: dict[str, Any] = {"image": "path", "label": "label"}
+    dataset = TableDataset(folder / "oml.csv", split="validation", **options)
+    assert dataset.column("sequence") == ["s1", "s1", "s2"]
+    assert dataset.column("category") == ["bird"] * 3
+    assert dataset.column("camera") is None
+    tower = random_tower()
+    plain = evaluate(tower, dataset)
+    apart = evaluate(tower, Subset(dataset, [2, 0, 1]), exclude="sequence")
+    assert (plain.num_queries, apart.num_queries) == (3, 3)
+    assert apart.mean_average_precision == 1  # what is found is never of the same sequence
+    with pytest.raises(ValueError, match="`queries`, which has none called 'camera'"):
+        evaluate(tower, dataset, exclude="camera")
 
 
 def test_without_pyarrow_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

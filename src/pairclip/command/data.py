@@ -185,14 +185,8 @@ def _check_classes(name: str, folder: Path) -> None:
 
 
 def _table(path: Path, args: argparse.Namespace, split: str | None = None) -> Any:
-    exclude = getattr(args, "exclude", None)
     return pairclip.TableDataset(
-        path,
-        image=args.image_column,
-        label=args.label_column,
-        root=args.root,
-        split=split,
-        columns=[] if exclude is None else [exclude],
+        path, image=args.image_column, label=args.label_column, root=args.root, split=split
     )
 
 

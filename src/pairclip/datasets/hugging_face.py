@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pairclip.datasets.labels import ids_and_names
@@ -20,6 +20,7 @@ class HuggingFaceSource(Source):
         labels = plain.select_columns([label]).with_format("numpy")[:][label]
         ids, names = ids_and_names(labels, len(dataset))
         super().__init__(dataset, ids, getattr(dataset.features[label], "names", None) or names)
+        self._plain = plain
         self._transformed = dataset.format["type"] == "custom"  # by `set_transform`
         self._images = plain.select_columns([self._column])
         # Encoded, as the files are: decoded by what decodes those of every kind of dataset.
@@ -53,6 +54,13 @@ class HuggingFaceSource(Source):
             return encoded["bytes"]
         path = encoded["path"]
         return path if os.path.isfile(path) else self._images[index][self._column]
+
+    def column(self, name: str) -> Sequence[Any] | None:
+        """One of the dataset's columns."""
+        if name not in self._plain.column_names:
+            return None
+        values: Sequence[Any] = self._plain.select_columns([name])[:][name]
+        return values
 
     def path(self, index: int) -> str | None:
         """The file, where the row has no bytes of its own."""

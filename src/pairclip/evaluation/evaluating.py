@@ -74,6 +74,7 @@ def evaluate(
     if also is not None and not isinstance(also, Mapping):
         raise TypeError(f"`also` must be a dict of datasets by name, got {type(also).__name__}.")
     data = LabelledImages(queries)
+    unreadable = [*data.unreadable]
 
     def embed(images: LabelledImages) -> Tensor:
         return embed_images(tower, images, batch_size=batch_size, num_workers=num_workers)
@@ -85,6 +86,7 @@ def evaluate(
         )
     else:
         searched = LabelledImages(gallery)
+        unreadable += searched.unreadable
         joined = join_classes(data, searched)
         of_queries = of_gallery = None
         if exclude is not None:
@@ -102,6 +104,7 @@ def evaluate(
         )
     return replace(
         evaluation,
+        unreadable=unreadable,
         also={
             name: evaluate(tower, other, batch_size=batch_size, num_workers=num_workers)
             for name, other in (also or {}).items()

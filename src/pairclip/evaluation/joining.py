@@ -74,7 +74,7 @@ def column_of(name: str, exclude: Any, data: LabelledImages, what: str) -> list[
     """
     values = exclude
     if isinstance(exclude, str):
-        values = _read(data.dataset, exclude)
+        values = data.source.column(exclude)
         if values is None:
             raise ValueError(
                 f"`{name}` must be a column of `{what}`, which has none called {exclude!r}. Give "
@@ -89,13 +89,6 @@ def column_of(name: str, exclude: Any, data: LabelledImages, what: str) -> list[
             f"{len(data)}."
         )
     return values
-
-
-def _read(dataset: Any, column: str) -> Any:
-    if column in (getattr(dataset, "column_names", None) or ()):
-        return dataset[column]
-    read = getattr(dataset, "column", None)
-    return read(column) if callable(read) else None
 
 
 def _is_missing(value: Any) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pairclip.datasets import Problem
 from pairclip.evaluation.histogram import FloatArray, IntArray, PairHistogram
 from pairclip.retrieval import METRICS, QUERY_METRICS
 
@@ -33,7 +34,7 @@ _OTHERS = (
     "histogram",
     "also",
 )
-_ONLY_WITH_GALLERY = ("gallery_labels",)
+_NOT_ALWAYS = ("gallery_labels", "unreadable")
 
 
 def fields_of(content: Any) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def fields_of(content: Any) -> dict[str, Any]:
     Raises:
         ValueError: That says which field is wrong, and how.
     """
-    _check_keys("it", content, (*_NUMBERS, *_OTHERS), _ONLY_WITH_GALLERY)
+    _check_keys("it", content, (*_NUMBERS, *_OTHERS), _NOT_ALWAYS)
     fields: dict[str, Any] = {name: _number(name, content[name]) for name in _NUMBERS}
     images, queries = (_count(name, content[name]) for name in ("num_images", "num_queries"))
     names = content["class_names"]
@@ -54,6 +55,8 @@ def fields_of(content: Any) -> dict[str, Any]:
     if "gallery_labels" in content:
         gallery = _integers("gallery_labels", content["gallery_labels"], (None,), classes)
         fields["gallery_labels"] = gallery
+    if "unreadable" in content:
+        fields["unreadable"] = [_problem(each) for each in content["unreadable"]]
     matrix = content["class_similarity"]
     neighbors = _integers("neighbors", content["neighbors"], (queries, None), len(gallery))
     for group in ("per_class", "per_query"):
@@ -104,6 +107,13 @@ def _check_keys(
     if missing or unknown:
         problem = f"lacks {missing}" if missing else f"has an unknown field {unknown[0]!r}"
         raise ValueError(f"{what} {problem}")
+
+
+def _problem(value: Any) -> Problem:
+    _check_keys("an image in `unreadable`", value, ("index", "path", "reason"))
+    if not isinstance(value["index"], int):
+        raise ValueError(f"`unreadable` has the image {value['index']!r}")
+    return Problem(**value)
 
 
 def _number(name: str, value: Any) -> float:

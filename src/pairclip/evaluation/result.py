@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pairclip import _files
+from pairclip.datasets import Problem
 from pairclip.evaluation.comparison import Change, paired_intervals
 from pairclip.evaluation.histogram import FloatArray, IntArray, PairHistogram
 from pairclip.evaluation.reading import fields_of
@@ -72,6 +73,8 @@ class Evaluation:
         gallery_labels: Each gallery image's place in `class_names`, int64; None where images are
             searched among themselves. `neighbors` are then images of the gallery.
         also: Evaluations of further datasets, by name.
+        unreadable: The images that ``LabelledImages(..., on_error="skip")`` left out, of the
+            queries and then of the gallery.
 
     Example:
         >>> import torch
@@ -115,6 +118,7 @@ class Evaluation:
     class_pairs: ClassTotals | FloatArray | None = field(repr=False)
     gallery_labels: IntArray | None = field(default=None, repr=False)
     also: dict[str, Evaluation] = field(default_factory=dict)
+    unreadable: list[Problem] = field(default_factory=list)
 
     @cached_property
     def class_similarity(self) -> FloatArray:
@@ -187,6 +191,8 @@ class Evaluation:
         del fields["class_pairs"], fields["also"]
         if self.gallery_labels is None:
             del fields["gallery_labels"]
+        if not self.unreadable:
+            del fields["unreadable"]
         few = len(self.class_names) <= _MOST_CLASSES and self.class_pairs is not None
         fields["class_similarity"] = self.class_similarity if few else None
         plain: dict[str, Any] = _files.plain(fields)
