@@ -1,4 +1,10 @@
-"""A catalogue of real files: what is odd about them, through every way in, and what comes out."""
+"""A catalogue of real files: what is odd about them, through every way in, and what comes out.
+
+A section for each oddity: orientation, transparency, labels that differ, tuples, missing labels,
+classes of several datasets, preprocessing, sixteen bits, folders, forms of labels and datasets,
+floats, evaluations, names, relabelling, sizes, memory, and images that can't be read. Odd tables
+are in test_tables.py, streams in test_streams.py, odd towers in test_tower_libraries.py.
+"""
 
 import io
 import os
@@ -23,6 +29,10 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from transformers import CLIPImageProcessor
 
 from pairclip import (
+    AllPairsCosineLoss,
+    Evaluation,
+    Finetuner,
+    History,
     ImageIndex,
     LabelledImages,
     VisionTower,
@@ -32,6 +42,7 @@ from pairclip import (
     evaluate,
     labels_of,
     load_tower,
+    newest_checkpoint,
 )
 from pairclip.datasets import as_rgb, image_files, join_classes
 from pairclip.embedding import Pixels
@@ -544,8 +555,10 @@ def test_parts_of_a_dataset_are_no_classes(tmp_path: Path) -> None:
     for name in ("train", "val"):
         (tmp_path / name / "ant").mkdir(parents=True)
         F.save(tmp_path / name / "ant" / "1.png")
-    with pytest.raises(ValueError, match=r"has train and val, which are parts .*train'"):
-        LabelledImages(tmp_path)
+    (tmp_path / "models").mkdir()
+    for dataset in (tmp_path, ImageFolder(tmp_path, allow_empty=True)):
+        with pytest.raises(ValueError, match=r"has train and val, which are parts .*train'"):
+            LabelledImages(dataset)
     assert LabelledImages(tmp_path / "val").class_names == ["ant"]
 
 
@@ -691,6 +704,66 @@ def test_a_little_overshoot_is_clipped_and_said_once() -> None:
         data[2]
 
 
+# 12. What is evaluated during a fit
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "options", "message"),
+    [
+        (([F, F], [0, 1]), {}, "each alone in its class"),
+        (([F, F], [0, None]), {}, "1 of 2 images have no label"),
+        (
+            (["/1.png", "/2.png"], [0, 0]),
+            {},
+            r"`eval_dataset` has 2 of 2 .* \(/1\.png: there is no",
+        ),
+        (([b"GIF", F, F], [0, 0, 0]), {"check": "decode"}, "`eval_dataset` has 1 of 3"),
+    ],
+)
+def test_an_evaluation_that_can_not_be_is_said_before_the_first_step(
+    tower: VisionTower, evaluated: Any, options: dict[str, Any], message: str
+) -> None:
+    weights = [parameter.clone() for parameter in tower.parameters()]
+    with pytest.raises(ValueError, match=message):
+        Finetuner(tower, AllPairsCosineLoss()).fit(
+            ([F] * 4, [0, 0, 1, 1]), batch_size=4, eval_dataset=evaluated, **options
+        )
+    assert all(map(torch.equal, weights, tower.parameters()))
+
+
+# 13 and 18. Names
+
+
+def test_names_that_are_no_utf8_are_written_and_read_again(
+    tmp_path: Path, tower: VisionTower
+) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    for name in (b"cr\xe8me", "\u732b".encode()):
+        (folder / os.fsdecode(name)).mkdir(parents=True)
+        for number in range(3):
+            values = np.random.default_rng(number).integers(0, 256, (16, 16, 3), np.uint8)
+            Image.fromarray(values).save(folder / os.fsdecode(name) / f"{number}.png")
+    names = ["cr\udce8me", "\u732b"]
+    for dataset in (folder, ImageFolder(folder)):
+        data = LabelledImages(dataset)
+        assert sorted(data.class_names or []) == sorted(names)
+        evaluation = evaluate(tower, data)
+        evaluation.to_json(folder / "evaluation.json")
+        assert Evaluation.from_json(folder / "evaluation.json").class_names == data.class_names
+        index = ImageIndex.build(tower, data)
+        index.save(folder / f"index {type(dataset).__name__}")
+        again = ImageIndex.load(folder / f"index {type(dataset).__name__}", tower=tower)
+        assert (again.paths, again.class_names) == (index.paths, data.class_names)
+        assert all(os.path.exists(str(path)) for path in again.paths)
+    options: dict[str, Any] = {"batch_size": 4, "checkpoint_dir": folder / "run"}
+    Finetuner(tower, AllPairsCosineLoss()).fit(folder, max_steps=2, **options)
+    assert newest_checkpoint(folder / "run") is not None
+    finished = Finetuner(tower, AllPairsCosineLoss()).fit(
+        folder, max_steps=2, resume=True, **options
+    )
+    assert len(finished.steps) == 2
+
+
 # 14. Relabelling
 
 
@@ -705,6 +778,18 @@ def test_classes_of_a_subset_are_numbered_from_zero() -> None:
     assert class_names_of(data) == ["c", "d"]
     numbers = LabelledImages((images, [7, 3, 3, 9]), relabel=True)
     assert (numbers.labels.tolist(), numbers.class_names) == ([1, 0, 0, 2], None)
+
+
+# 16. More asked for than there is
+
+
+def test_what_is_more_than_there_is_takes_what_there_is(tower: VisionTower) -> None:
+    images = [F, F, F.rotate(90), F.rotate(90)]
+    with pytest.warns(UserWarning, match="more than `dataset` can fill with its 4 images"):
+        Finetuner(tower, AllPairsCosineLoss()).fit((images, [0, 0, 1, 1]), max_steps=1)
+    with pytest.warns(UserWarning, match="k"):
+        hits = ImageIndex.build(tower, (images, [0, 0, 1, 1])).search(F, k=9)
+    assert len(hits) == 4
 
 
 # 17. Memory
@@ -833,6 +918,27 @@ def test_images_that_can_not_be_read_are_left_out_and_counted(damaged: Path) -> 
         assert image.size == F.size
         assert Path(str(data.source.path(index))).parent.name == ["ant", "bee"][label]
     assert LabelledImages(damaged).unreadable == []
+
+
+def test_images_that_were_left_out_are_in_the_results(damaged: Path, tower: VisionTower) -> None:
+    with pytest.warns(UserWarning, match="4 of 9 images can't be read"):
+        data = LabelledImages(damaged, on_error="skip")
+    part = Subset(data, [0, 1, 2, 3])
+    assert LabelledImages(ConcatDataset([part, part])).unreadable == data.unreadable * 2
+    evaluation = evaluate(tower, part, gallery=data)
+    assert evaluation.unreadable == data.unreadable * 2
+    evaluation.to_json(damaged / "evaluation.json")
+    assert Evaluation.from_json(damaged / "evaluation.json").unreadable == evaluation.unreadable
+    assert "unreadable" not in evaluate(tower, ([F] * 4, [0, 0, 1, 1])).to_dict()
+    history = Finetuner(tower, AllPairsCosineLoss()).fit(
+        part, eval_dataset=data, batch_size=4, max_steps=1
+    )
+    records = [{"argument": name} for name in ("dataset", "eval_dataset") for _ in range(4)]
+    for record, problem in zip(records, data.unreadable * 2, strict=True):
+        record |= vars(problem)
+    assert history.unreadable == records
+    history.to_json(damaged / "history.json")
+    assert History.from_json(damaged / "history.json") == history
 
 
 def test_images_are_left_out_with_other_choices(damaged: Path) -> None:

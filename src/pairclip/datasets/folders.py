@@ -131,8 +131,14 @@ def _check_classes(root: Path, classes: list[Path]) -> None:
     names = [entry.name for entry in classes]
     if not names:
         raise ValueError(f"'{root}' has no folders of images, one for each class.")
+    check_no_splits(root, names)
+
+
+def check_no_splits(root: Path, names: list[str]) -> None:
+    """Raise if the folders are parts of a dataset: all of them, or one is train and others are."""
     splits = [name for name in names if name.lower() in _SPLITS]
-    if splits and len(splits) == len(names):
+    of_training = [name for name in splits if name.lower() in _SPLITS[:2]]
+    if splits and (len(splits) == len(names) or (of_training and len(splits) > 1)):
         raise ValueError(
             f"'{root}' has {' and '.join(splits)}, which are parts of a dataset and no classes. "
             f"Give one of them, for instance '{root / splits[0]}'."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torchvision
 from torchvision.datasets import DatasetFolder
 from torchvision.datasets.folder import default_loader, pil_loader
 
-from pairclip.datasets.folders import is_of_system
+from pairclip.datasets.folders import check_no_splits, is_of_system
 from pairclip.datasets.labels import MISSING
 from pairclip.datasets.rgb import as_rgb
 from pairclip.datasets.source import LabelsDiffer
@@ -27,6 +28,7 @@ class ImageFolderSource(TorchvisionSource):
             and dataset.loader in (default_loader, pil_loader)
             and torchvision.get_image_backend() == "PIL"
         )
+        self.makes_images = self._reads
         if self._plain:
             for index, ((_, label), told) in enumerate(
                 zip(dataset.samples, dataset.targets, strict=True)
@@ -36,6 +38,7 @@ class ImageFolderSource(TorchvisionSource):
                         f"`targets` of {type(dataset).__name__} tells the label {told} of image "
                         f"{index}, but `samples`, which its items are of, has {label}. Change both."
                     )
+        check_no_splits(Path(dataset.root), dataset.classes)
         self._leave_out_system(dataset)
 
     @staticmethod

@@ -30,7 +30,9 @@ _EXIF = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 _OVERSHOOT = 0.1 + 1e-6  # 0.1 in float32 is a little more
 
 
-def as_rgb(image: Any, *, shorter_side: int | None = None, say: Say = say_at_once) -> Image.Image:
+def as_rgb(
+    image: Any, *, shorter_side: int | None = None, say: Say = say_at_once, copy: bool = True
+) -> Image.Image:
     """Turn one image of any kind that `LabelledImages` takes into an RGB image of 8 bits.
 
     The orientation in its EXIF data is applied, transparency shows a white ground, and grey of
@@ -40,6 +42,7 @@ def as_rgb(image: Any, *, shorter_side: int | None = None, say: Say = say_at_onc
         image: A path, an encoded image as bytes, a PIL image, an array or a tensor.
         shorter_side: Decode JPEG at a fraction of its size that leaves at least so many pixels.
         say: Takes a kind of remark and its words, where an image is not what it should be.
+        copy: False where a PIL image may be given back, and changed, since it is nobody else's.
 
     Returns:
         A new image.
@@ -54,10 +57,10 @@ def as_rgb(image: Any, *, shorter_side: int | None = None, say: Say = say_at_onc
                 picture.draft(None, (shorter_side, shorter_side))
             return _as_seen(picture, say, copy=False)
     if isinstance(image, Image.Image):
-        if type(image) is Image.Image and image.mode == "RGB" and not image.info:
+        if type(image) is Image.Image and not image.info and image.mode in ("RGB", "L"):
             check_size(*image.size)  # in memory, and with nothing else to tell
-            return image.copy()
-        return _as_seen(image, say, copy=True)
+            return image if image.mode == "RGB" and not copy else image.convert("RGB")
+        return _as_seen(image, say, copy=copy)
     array = _channels_last(image)
     if not array.size:
         raise ValueError(f"An image must have pixels, got shape {list(array.shape)}.")
