@@ -213,7 +213,7 @@ def test_wrong_tables_are_errors(
         TableDataset(table, **{"image": "path", "label": "label", **options})
 
 
-@pytest.mark.parametrize("kind", ["csv", "parquet", "pandas"])
+@pytest.mark.parametrize("kind", ["csv", "parquet", "arrow"])
 def test_what_is_in_a_box_is_the_image(tmp_path: Path, kind: str) -> None:
     values = np.arange(20 * 30, dtype=np.uint8).reshape(20, 30)
     image = Image.fromarray(values).convert("RGB")
