@@ -738,13 +738,14 @@ def test_names_that_are_no_utf8_are_written_and_read_again(
     tmp_path: Path, tower: VisionTower
 ) -> None:
     folder = tmp_path / os.fsdecode(b"caf\xe9")
+    images = folder / "images"
     for name in (b"cr\xe8me", "\u732b".encode()):
-        (folder / os.fsdecode(name)).mkdir(parents=True)
+        (images / os.fsdecode(name)).mkdir(parents=True)
         for number in range(3):
             values = np.random.default_rng(number).integers(0, 256, (16, 16, 3), np.uint8)
-            Image.fromarray(values).save(folder / os.fsdecode(name) / f"{number}.png")
+            Image.fromarray(values).save(images / os.fsdecode(name) / f"{number}.png")
     names = ["cr\udce8me", "\u732b"]
-    for dataset in (folder, ImageFolder(folder)):
+    for dataset in (images, ImageFolder(images)):
         data = LabelledImages(dataset)
         assert sorted(data.class_names or []) == sorted(names)
         evaluation = evaluate(tower, data)
@@ -756,10 +757,10 @@ def test_names_that_are_no_utf8_are_written_and_read_again(
         assert (again.paths, again.class_names) == (index.paths, data.class_names)
         assert all(os.path.exists(str(path)) for path in again.paths)
     options: dict[str, Any] = {"batch_size": 4, "checkpoint_dir": folder / "run"}
-    Finetuner(tower, AllPairsCosineLoss()).fit(folder, max_steps=2, **options)
+    Finetuner(tower, AllPairsCosineLoss()).fit(images, max_steps=2, **options)
     assert newest_checkpoint(folder / "run") is not None
     finished = Finetuner(tower, AllPairsCosineLoss()).fit(
-        folder, max_steps=2, resume=True, **options
+        images, max_steps=2, resume=True, **options
     )
     assert len(finished.steps) == 2
 
