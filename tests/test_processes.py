@@ -221,6 +221,16 @@ def test_a_sampler_that_draws_from_global_generators_gives_all_processes_the_sam
     assert len({tuple(batch) for batch in alone}) == len(alone) == 7
 
 
+def test_processes_share_the_batches_of_a_stream(run: Run) -> None:
+    ((alone, _),) = run("streamed", 1, differing=False)
+    for losses, _ in run("streamed", 2, differing=False):
+        assert losses == pytest.approx(alone, rel=1e-5)
+    assert len(alone) == 5
+    for _, message in run("streamed", 2, differing=True):
+        assert "process 1 has drawn another batch than process 0" in message
+        assert "a stream must give the same items in the same order to each" in message
+
+
 def test_a_loss_that_draws_gives_all_processes_the_same_value(run: Run) -> None:
     (alone,) = run("noisy_losses", 1, micro=None)
     one, other = run("noisy_losses", 2, micro=3)

@@ -28,6 +28,7 @@ from pairclip import (
     WeightAverage,
     embed_images,
 )
+from pairclip.datasets import StreamBatches
 from pairclip.finetuner import accelerators
 
 
@@ -104,6 +105,21 @@ def noisy_tower(micro: int | None) -> tuple[list[Tensor], list[Tensor], list[Ten
         micro_batch_size=micro,
     )
     return first, noise.without_gradient, noise.with_gradient
+
+
+def streamed(differing: bool) -> tuple[list[float], str]:
+    """Losses on the batches of a stream, or why there are none."""
+    stream = list(zip(small.pictures(), small.LABELS, strict=True))
+    if differing and Accelerator().process_index:
+        stream.reverse()
+    tower = small.new_tower()
+    batches = StreamBatches(stream, tower.preprocess, 4, 4, buffer_size=32)
+    finetuner = Finetuner(tower, small.new_loss("squared"), learning_rate=1e-2)
+    try:
+        history = finetuner.fit(batches, max_steps=5)
+    except ValueError as error:
+        return [], str(error)
+    return [record["loss"] for record in history.steps], ""
 
 
 def refusals() -> dict[str, str]:

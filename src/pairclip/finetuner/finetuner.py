@@ -254,6 +254,8 @@ class Finetuner:
         leave = partial(leave_stopping_to_main, left=signals.left)
         workers: dict[str, Any] = {"num_workers": num_workers}
         workers["worker_init_fn"] = None if plan.checkpoint_dir is None else leave
+        evaluated = None if eval_dataset is None else LabelledImages(eval_dataset)
+        evaluate = choose_evaluation(evaluate, evaluated, workers)
         chosen: dict[str, Any] = {"sampler": sampler, "batch_size": batch_size}
         chosen |= {"targets": targets, "keep": keep, "keep_share": keep_share}
         feed: Feed
@@ -262,8 +264,6 @@ class Finetuner:
         else:
             preprocess = tower_of(self.tower).preprocess
             feed = DatasetFeed(self.loss, dataset, preprocess, seed=self.seed, **chosen)
-        evaluated = None if eval_dataset is None else LabelledImages(eval_dataset)
-        evaluate = choose_evaluation(evaluate, evaluated, workers)
         named = {**feed.named_images, "eval_dataset": evaluated}
         check_all_images(named, check, num_workers)
         accelerator = self.accelerator or new_accelerator(self.settings.precision)
