@@ -113,8 +113,10 @@ def test_sentence_transformers_gives_the_same_embedding_from_a_saved_tower(tmp_p
         expected = tower(tower.preprocess(PHOTO)[None])[0]
     model = library.SentenceTransformer(str(tmp_path), device="cpu")
     assert_close(torch.tensor(model.encode(PHOTO)), expected, rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match=r"is followed by Dense, .* Give the folder or id"):
-        load_tower(model)
+    model.save(str(tmp_path / "again"))
+    for source in (model, tmp_path / "again"):
+        with pytest.raises(ValueError, match=r"is followed by Dense, .* Give the folder or id"):
+            load_tower(source)
     assert_close(load_tower(tmp_path).preprocess(PHOTO), tower.preprocess(PHOTO))
 
 

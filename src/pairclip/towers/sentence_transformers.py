@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
 
+from pairclip._files import read_json
+from pairclip.towers.hub import CONFIG
+
 if TYPE_CHECKING:
     from pairclip.towers.stored import Stored
 
@@ -26,23 +29,37 @@ def parts_of(source: Any) -> tuple[Any, Any] | None:
     if library is None or not isinstance(source, library.SentenceTransformer):
         return None
     first, *others = source
-    more = [type(part).__name__ for part in others if type(part).__name__ != "Normalize"]
+    _check_nothing_follows([type(part).__name__ for part in others])
+    processor = first.processor
+    return first.auto_model, getattr(processor, "image_processor", processor)
+
+
+def folder_of_model(folder: Path) -> Path:
+    """Where in a folder of sentence-transformers the model of `transformers` is.
+
+    Raises:
+        ValueError: If its embeddings are more than its model's, scaled to unit length.
+    """
+    if not (folder / _MODULES).is_file():
+        return folder
+    first, *others = read_json(folder / _MODULES)
+    config: Path = folder / first["path"] / CONFIG
+    kinds = [module["type"].rpartition(".")[2] for module in others]
+    # A projection in the model is once more beside it, for those who load the model without.
+    if config.is_file() and "WithProjection" in str(read_json(config).get("architectures")):
+        kinds = kinds[kinds[:1] == ["Dense"] :]
+    _check_nothing_follows(kinds)
+    return config.parent
+
+
+def _check_nothing_follows(kinds: list[str]) -> None:
+    more = [kind for kind in kinds if kind != "Normalize"]
     if more:
         raise ValueError(
             f"`source` is a SentenceTransformer whose model is followed by {', '.join(more)}, so "
             "its embeddings are not its model's. Give the folder or id that it came from, or wrap "
             "it in a module of its own and pass `image_processor`."
         )
-    processor = first.processor
-    return first.auto_model, getattr(processor, "image_processor", processor)
-
-
-def folder_of_model(folder: Path) -> Path:
-    """Where in a folder of sentence-transformers the model of `transformers` is."""
-    if (folder / "config.json").is_file() or not (folder / _MODULES).is_file():
-        return folder
-    first: str = json.loads((folder / _MODULES).read_text("utf-8"))[0]["path"]
-    return folder / first
 
 
 def describe(tower: Stored, folder: Path) -> None:
