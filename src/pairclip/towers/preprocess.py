@@ -96,12 +96,12 @@ class Preprocess:
                 f"and the tower's preprocessing is {type(self.transform).__name__}. Leave "
                 "`on_device` out."
             )
-        size = self(noise_image()).shape[-1]
+        white, black = (self(Image.new("RGB", (48, 48), color)) for color in ("white", "black"))
+        level, size = (white - black) / 255, white.shape[-1]
         for image in (noise_image(), noise_image(2 * size + 1, 3 * size)):
             here, there = self(image), self.on_device([as_bytes(image)], device)[0].cpu()
-            level = float(here.max() - here.min()) / 255
-            furthest = float((here - there).abs().max()) / level
-            if furthest > _LEVELS:
+            furthest = float(((here - there) / level).abs().max())
+            if not furthest <= _LEVELS:
                 raise ValueError(
                     f"`on_device` would give the tower other pixel values: on {device} they are "
                     f"off by {furthest:.1f} of 256 levels. Leave `on_device` out."
