@@ -105,11 +105,12 @@ def means(
     rows, _ = _findable(search)
     relevant = search.relevant()
     places = [metric.places for metric in metrics]
-    first = None if None in places else max(each for each in places if each is not None)
+    at_least = max((each for each in places if each), default=1)
 
     def of_block(block: Block) -> Tensor:
         total = relevant[block.rows]
-        ranks = rank_in_place(block, total, None if first is None else max(first, int(total.max())))
+        first = max(at_least, int(total.max()) if 0 in places else 0)
+        ranks = rank_in_place(block, total, None if None in places else first)
         return torch.stack([metric.function(ranks) for metric in metrics], dim=1)
 
     of_all: list[float] = torch.cat([*over_blocks(search, rows, of_block)]).mean(dim=0).tolist()

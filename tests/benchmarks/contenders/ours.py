@@ -89,14 +89,16 @@ def metrics(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
     return retrieval_figures(embeddings, labels, ("precision_at_1", "r_precision", "map_at_r"))
 
 
-def three_functions(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
-    from pairclip.retrieval import map_at_r, precision_at_k, r_precision
+def metric(embeddings: Tensor, labels: Tensor, name: str) -> dict[str, float]:
+    from pairclip.retrieval import map_at_r, precision_at_k, r_precision, recall_at_k
 
-    return {
-        "precision_at_1": precision_at_k(embeddings, labels, k=1),
-        "r_precision": r_precision(embeddings, labels),
-        "map_at_r": map_at_r(embeddings, labels),
+    functions = {
+        "recall_at_1": recall_at_k,
+        "precision_at_1": precision_at_k,
+        "r_precision": r_precision,
+        "map_at_r": map_at_r,
     }
+    return {name: functions[name](embeddings, labels)}
 
 
 def neighbors(embeddings: Tensor, labels: Tensor) -> dict[str, float]:

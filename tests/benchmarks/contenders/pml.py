@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from contenders.task import (
@@ -89,7 +89,17 @@ def train(work: Work) -> None:
     trainer.train(num_epochs=1)
 
 
-def metrics(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
+# pairclip's names of its metrics.
+METRICS = {
+    "precision_at_1": "precision_at_1",
+    "r_precision": "r_precision",
+    "map_at_r": "mean_average_precision_at_r",
+}
+
+
+def metrics(
+    embeddings: Tensor, labels: Tensor, names: Sequence[str] = tuple(METRICS)
+) -> dict[str, float]:
     from pytorch_metric_learning.distances import CosineSimilarity
 
     try:
@@ -98,12 +108,10 @@ def metrics(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
         from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
         from pytorch_metric_learning.utils.inference import CustomKNN
 
-    names = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
+    theirs = [METRICS[name] for name in names]
     search = CustomKNN(CosineSimilarity(), batch_size=BLOCK)
-    found = AccuracyCalculator(include=names, knn_func=search).get_accuracy(embeddings, labels)
-    return dict(
-        zip(("precision_at_1", "r_precision", "map_at_r"), map(found.get, names), strict=True)
-    )
+    found = AccuracyCalculator(include=theirs, knn_func=search).get_accuracy(embeddings, labels)
+    return dict(zip(names, map(found.get, theirs), strict=True))
 
 
 def objective(name: str, **options: Any) -> Method:
