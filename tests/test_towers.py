@@ -460,7 +460,7 @@ def test_a_kill_while_a_tower_is_saved_leaves_the_old_or_the_new_one(
     found = [
         fingerprints[load_tower(left / "tower").fingerprint()]
         for left in every_kill(
-            tmp_path / "all", lambda where: new.save_pretrained(where / "tower"), stride=7
+            tmp_path / "all", lambda where: new.save_pretrained(where / "tower"), stride=5
         )
     ]
     assert set(found) == {"old", "new"}
@@ -486,6 +486,49 @@ def test_a_tower_that_is_saved_while_it_is_loaded_is_one_whole(
     monkeypatch.setattr(loading, "_read_model", saved_after)
     assert load_tower(folder).fingerprint() == tower.fingerprint()
     assert len(times) == 2
+
+
+def test_damage_of_a_saved_tower_is_named(folder: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    tower = load_tower(folder)
+    tower.save_pretrained(saved)
+    sums = saved / "pairclip_checksums.json"
+    assert load_tower(saved).fingerprint() == tower.fingerprint()
+    # The card is for people to write into.
+    files = [p for p in saved.rglob("*") if p.is_file() and p.name != "README.md"]
+    assert set(json.loads(sums.read_text())["files"]) == {
+        path.relative_to(saved).as_posix() for path in files if path != sums
+    }
+    for path in files:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        whole = path.read_bytes()
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{re.escape(str(path))}' is damaged"):
+            load_tower(saved)
+        if path != sums:
+            path.unlink()
+            with pytest.raises(
+                FileNotFoundError, match=rf"{re.escape(str(path))}' is missing\. Sa"
+            ):
+                load_tower(saved)
+        path.write_bytes(whole)
+    sums.write_text("[]")
+    with pytest.raises(ValueError, match=r"pairclip_checksums\.json' is damaged: its checksum"):
+        load_tower(saved)
+
+
+def test_a_saved_tower_that_was_changed_by_hand_says_how_it_can_be_loaded(
+    folder: Path, tmp_path: Path
+) -> None:
+    saved = tmp_path / "saved"
+    load_tower(folder).save_pretrained(saved)
+    config = saved / "config.json"
+    config.write_text(config.read_text() + "\n")
+    with pytest.raises(ValueError, match=r"the change was meant, delete '.*pairclip_checksums\.js"):
+        load_tower(saved)
+    (saved / "pairclip_checksums.json").unlink()
+    load_tower(saved)
 
 
 def test_saving_onto_a_file_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:

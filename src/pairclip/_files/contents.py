@@ -55,9 +55,9 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
     return {**content, "sha256": checksum_of_fields(content)}
 
 
-def check_seal(content: Mapping[str, Any], path: Path) -> None:
-    """Raise if a JSON object that was read from `path` does not have its checksum."""
-    if content.get("sha256") != checksum_of_fields(content):
+def check_seal(content: Any, path: Path) -> None:
+    """Raise if what was read from `path` is no JSON object that has its checksum."""
+    if not isinstance(content, dict) or content.get("sha256") != checksum_of_fields(content):
         raise ValueError(f"'{path}' is damaged: its checksum differs.")
 
 

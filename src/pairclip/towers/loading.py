@@ -28,6 +28,7 @@ from pairclip.towers.clip import CLIPTower
 from pairclip.towers.open_clip_tower import OpenClipTower
 from pairclip.towers.optional import needs
 from pairclip.towers.plain import PlainTower
+from pairclip.towers.saving import check_files
 from pairclip.towers.siglip import SiglipTower
 from pairclip.towers.timm_tower import TimmTower
 from pairclip.towers.transformers_tower import TransformersTower, quiet, unsupported
@@ -74,9 +75,10 @@ def load_tower(
     Raises:
         OSError: If the hub does not have, or cannot be reached for, the id; as FileNotFoundError
             if a folder or a file in it is missing.
-        ValueError: If the model embeds no images, its weights are damaged or incomplete, the
-            image processor makes images of another size than the model takes, or `image_size`
-            is no multiple of the patch size, or an argument would be ignored.
+        ValueError: If the model embeds no images, its weights are damaged or incomplete, a file of
+            `VisionTower.save_pretrained` is not as it was written, the image processor makes
+            images of another size than the model takes, or `image_size` is no multiple of the
+            patch size, or an argument would be ignored.
         TypeError: If an argument is of the wrong type.
         NotImplementedError: If a model of its kind can't change its image size.
         ImportError: If the source's library is optional and not installed.
@@ -195,6 +197,7 @@ def _state_of(folder: Path) -> list[tuple[str, int, int]]:
 
 def _read_once(folder: Path, processor: Any) -> tuple[Any, Any, Any]:
     """Kind of tower, model, and the image processor that was given or else saved, or None."""
+    check_files(folder)
     config = folder / hub.CONFIG
     content = read_json(config) if config.is_file() else {}
     if "model_type" not in content:
