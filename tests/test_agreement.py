@@ -11,7 +11,7 @@ from pytorch_metric_learning import losses as pml
 from runs import LOSS, At, photos, plain_tower
 
 from pairclip import Finetuner, LabelledImages, newest_checkpoint
-from pairclip.finetuner.agreement import lost_processes_named
+from pairclip.embedding import lost_processes_named
 
 
 def finetuner(**arguments: Any) -> Finetuner:
@@ -63,7 +63,7 @@ def test_a_callback_may_change_the_folder(tmp_path: Path, monkeypatch) -> None:
 def test_a_connection_that_breaks_is_another_process_that_failed(monkeypatch) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 3)
-    message = r"^Process 3 can't go on: another process of this fit has failed.*closed by peer"
+    message = r"^Process 3 can't go on: another process has failed, was.*closed by peer"
     with pytest.raises(RuntimeError, match=message), lost_processes_named():
         raise RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:13552")
     with pytest.raises(RuntimeError, match=r"^something else$"), lost_processes_named():

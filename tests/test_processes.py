@@ -204,7 +204,7 @@ def test_processes_that_are_about_to_do_different_things_are_named_on_all(run: R
 def test_a_process_that_fails_is_what_the_others_say(run: Run) -> None:
     first, last = run("failing", 2)
     assert last == "KeyError: 'of its own'"
-    assert first.startswith("RuntimeError: Process 0 can't go on: another process of this fit has")
+    assert first.startswith("RuntimeError: Process 0 can't go on: another process has")
 
 
 def test_gradients_are_added_up_over_processes_once_per_step(run: Run) -> None:
@@ -288,9 +288,23 @@ def test_processes_embed_together_and_all_get_the_whole(run: Run) -> None:
     assert results[1]["match"] == 2
     failed = r"ValueError: Image 5 \(missing.png\) can't be read"
     assert re.match(failed, results[1]["missing"])
-    assert re.match(
-        r"RuntimeError: Process 1 failed to embed its images: Image 5", results[0]["missing"]
-    )
+    assert re.match(r"RuntimeError: Process 1 failed: Image 5", results[0]["missing"])
+
+
+def test_processes_cache_features_together(run: Run, tmp_path: Path) -> None:
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    (one,) = run("cached_features", 1, folder=str(alone))
+    results = run("cached_features", 2, folder=str(both))
+    (file,) = both.iterdir()
+    assert file.read_bytes() == Path(one["path"]).read_bytes()
+    for result in results:
+        assert result["path"] == str(file)
+        assert result["again"]
+        assert "must be the same on all processes, and process 1 has others" in result["labels"]
+    assert results[0]["image"].startswith("RuntimeError: Process 1 failed: Image 2")
+    assert results[1]["image"].startswith("ValueError: Image 2")
+    assert "Not a directory" in results[0]["place"]
+    assert results[1]["place"].startswith("RuntimeError: Process 0 failed: [Errno 20]")
 
 
 def test_a_frozen_batch_norm_keeps_its_statistics(run: Run) -> None:

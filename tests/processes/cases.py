@@ -29,7 +29,9 @@ from pairclip import (
     embed_images,
 )
 from pairclip.datasets import StreamBatches
+from pairclip.features import cache_features
 from pairclip.finetuner import accelerators
+from pairclip.towers import random_tower
 
 
 def gradients(micro: list[int | None], steps_with: int | None) -> dict[str, Any]:
@@ -492,6 +494,45 @@ def jittered(workers: int) -> list[Tensor]:
     finetuner = Finetuner(tower, small.new_loss("squared"), callbacks=[watcher])
     finetuner.fit((small.pictures(), small.LABELS), batch_size=16, max_steps=3, num_workers=workers)
     return [embeddings for embeddings, _, _ in watcher.seen]
+
+
+def cached_features(folder: str) -> dict[str, Any]:
+    """Where features of images went, and what is said where they can't be computed."""
+    trunk, _ = random_tower(image_size=8, patch_size=4).split(0)
+    pictures, labels = small.pictures()[:11], list(small.LABELS[:11])
+    cached = cache_features(trunk, (pictures, labels), folder, batch_size=2)
+    found: dict[str, Any] = {"path": str(cached.path), "rows": [row for row, _ in cached]}
+    again = cache_features(trunk, (pictures, labels), folder, batch_size=2)
+    found["again"] = again.path == cached.path
+    if not distributed.is_initialized():
+        return found
+    rank = distributed.get_rank()
+
+    class Failing:
+        """Fails on the last process when an image is read for the third time."""
+
+        reads = 0
+
+        def __len__(self) -> int:
+            return len(pictures)
+
+        def __getitem__(self, index: int) -> tuple[Any, int]:
+            self.reads += rank == 1 and index == 2
+            if self.reads == 3:
+                raise OSError("the disk is gone")
+            return pictures[index], labels[index]
+
+    attempts: dict[str, tuple[Any, str]] = {
+        "image": (Failing(), folder),
+        "labels": ((pictures, labels[rank:] + labels[:rank]), folder),
+        "place": ((pictures, labels), str(cached.path / "below")),
+    }
+    for name, (images, place) in attempts.items():
+        try:
+            cache_features(trunk, images, place, batch_size=2)
+        except (ValueError, RuntimeError, OSError) as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
 
 
 def embeddings(counts: list[int]) -> dict[str, Any]:

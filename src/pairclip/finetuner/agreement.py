@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,8 +16,6 @@ from accelerate.utils import gather_object
 
 from pairclip.checkpoints import differences
 
-# As gloo and the sockets below it say it.
-_LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Timed out waiting|Socket closed")
 _FITTING = threading.RLock()
 
 
@@ -70,21 +67,6 @@ class BatchDigests:
                     "are seeded alike, or give it the same seed on all processes; a stream must "
                     "give the same items in the same order to each."
                 )
-
-
-@contextmanager
-def lost_processes_named() -> Iterator[None]:
-    """Say of an error about a connection that another process has failed."""
-    try:
-        yield
-    except RuntimeError as error:
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if not distributed or not _LOST.search(str(error)):
-            raise
-        raise RuntimeError(
-            f"Process {torch.distributed.get_rank()} can't go on: another process of this fit has "
-            f"failed or was ended. What went wrong stands in the output of that one ({error})."
-        ) from error
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch import Tensor
 from pairclip.callbacks import Callback, FitState
 from pairclip.callbacks.base import check_callbacks
 from pairclip.datasets import LabelledImages, StreamBatches
+from pairclip.embedding import lost_processes_named
 from pairclip.finetuner.accelerators import (
     accelerate_state_kept,
     check_accelerator,
@@ -25,7 +26,6 @@ from pairclip.finetuner.accelerators import (
 from pairclip.finetuner.agreement import (
     BatchDigests,
     check_same,
-    lost_processes_named,
     one_fit_at_a_time,
 )
 from pairclip.finetuner.batches import BATCH_SIZE, KEEP_SHARE, BatchSampler

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, distributed
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
 
 from pairclip import _checks
 from pairclip._progress import progress
 from pairclip.datasets import LabelledImages
+from pairclip.embedding.pixels import Pixels, are_images, pixel_batches
+from pairclip.embedding.processes import Together
 from pairclip.towers import VisionTower
 from pairclip.towers.modes import evaluating
 from pairclip.towers.preprocess import Preprocess, as_bytes
@@ -23,6 +24,7 @@ Precision = Literal["auto", "no", "bf16", "fp16"]
 # Batches whose embeddings are on their way from the device while it computes the next.
 _UNDER_WAY = 2
 _ROWS = 65536  # sent at once from one process to the others
+_CALL = "`embed_images`, as `evaluate` and `ImageIndex.build` do,"
 
 
 def embed_images(
@@ -38,7 +40,8 @@ def embed_images(
     """Embed every image, without gradient and in evaluation mode.
 
     Under several processes (a `torch.distributed` group, as ``accelerate launch`` and an
-    `Accelerator` make one) each embeds a part, and all get the whole: let all of them call it.
+    `Accelerator` make one) each embeds a part, and all get the whole: let all of them call it. One
+    that waits for others says so after a minute, and fails after the time-out of the group.
 
     Args:
         tower: Embeds; its modes are as before afterwards.
@@ -64,7 +67,7 @@ def embed_images(
             argument is of another value or shape, processes have different numbers of images, or
             the tower's preprocessing draws at random.
         TypeError: If an argument is of the wrong kind.
-        RuntimeError: If another process failed.
+        RuntimeError: If another process failed, was ended or did not call it.
 
     Example:
         >>> import numpy as np
@@ -115,13 +118,17 @@ def embed(
     elif on_device:
         raise ValueError("`on_device` is for images, and this is a part of a split tower.")
     dtype = _dtype_of(precision, device)
-    grouped = distributed.is_available() and distributed.is_initialized() and not alone
-    process, processes = (
-        (distributed.get_rank(), distributed.get_world_size()) if grouped else (0, 1)
-    )
+    together = Together(_CALL, alone=alone)
+    process, processes = together.process, together.processes
     count = len(images)
     share = range(process * count // processes, (process + 1) * count // processes)
     result = None if out is None else _checked_out(out, count)
+    for other, its_count in enumerate(together.gather(count)):
+        if its_count != count:
+            raise ValueError(
+                f"`images` must be the same on all processes, got {count} on process {process} and "
+                f"{its_count} on process {other}."
+            )
     loader: Iterable[Any] = pixel_batches(
         Pixels(images, as_bytes if on_device else prepare),
         batch_size=batch_size,
@@ -135,7 +142,6 @@ def embed(
         loader = (whole[n : min(n + batch_size, share.stop)] for n in share[::batch_size])
     hidden = None if process == 0 else True  # None: where the output is no terminal
     bar = progress(total=count, desc="Embedding", unit="image", leave=False, disable=hidden)
-    error: Exception | None = None
     try:
         with bar, torch.inference_mode(), evaluating(tower):
             arriving: deque[tuple[int, Tensor, Any]] = deque()
@@ -150,7 +156,7 @@ def embed(
                 if result is None:
                     # Not a tensor of inference alone: others may train on it.
                     with torch.inference_mode(mode=False):
-                        result = torch.empty(count, embeddings.shape[1])
+                        result = torch.empty(count, embeddings.shape[1], device="cpu")
                 _check_size(result, embeddings.shape[1])
                 arriving.append((start, *_on_its_way(embeddings)))
                 start += len(embeddings)
@@ -162,12 +168,9 @@ def embed(
             _checks.check_finite(
                 "embeddings", rows, first_row=share.start if processes > 1 else None
             )
-    except Exception as raised:
-        if processes == 1:
-            raise
-        error = raised
-    if processes > 1:
-        result = _from_all(result, error, count, device)
+    except Exception as error:
+        together.gather(error=error)
+    result = _from_all(result, together, device)
     if result is None:
         raise ValueError("`images` has no images.")
     return result
@@ -240,89 +243,18 @@ def _arrive(result: Tensor, start: int, embeddings: Tensor, event: Any) -> None:
     result[start : start + len(embeddings)] = embeddings
 
 
-def _from_all(
-    result: Tensor | None, error: Exception | None, count: int, device: torch.device
-) -> Tensor | None:
-    """The whole of what every process has a part of; an error of one is one of all."""
-    process, processes = distributed.get_rank(), distributed.get_world_size()
-    mine = (count, None if result is None else result.shape[1], error and f"{error}")
-    all_of_them: list[Any] = [None] * processes
-    distributed.all_gather_object(all_of_them, mine)
-    if error is not None:
-        raise error
-    for other, (its_count, _, its_error) in enumerate(all_of_them):
-        if its_error is not None:
-            raise RuntimeError(f"Process {other} failed to embed its images: {its_error}")
-        if its_count != count:
-            raise ValueError(
-                f"`images` must be the same on all processes, got {count} on process {process} and "
-                f"{its_count} on process {other}."
-            )
+def _from_all(result: Tensor | None, together: Together, device: torch.device) -> Tensor | None:
+    """The whole of what every process has a part of."""
+    sizes = together.gather(None if result is None else tuple(result.shape))
+    shape = next((size for size in sizes if size is not None), None)
+    if shape is None or together.processes == 1:
+        return result
     if result is None:
-        size = next((size for _, size, _ in all_of_them if size is not None), None)
-        if size is None:
-            return None
-        result = torch.empty(count, size)
-    # NCCL sends from device to device, gloo what lies in memory.
-    on_device = distributed.get_backend() == "nccl"
-    for other in range(processes):
-        first, end = (n * count // processes for n in (other, other + 1))
+        result = torch.empty(shape, device="cpu")
+    _check_size(result, shape[1])
+    count = len(result)
+    for other in range(together.processes):
+        first, end = (n * count // together.processes for n in (other, other + 1))
         for start in range(first, end, _ROWS):
-            rows = result[start : min(start + _ROWS, end)]
-            sent = rows.to(device) if on_device else rows
-            distributed.broadcast(sent, src=other)
-            if on_device and other != process:
-                rows.copy_(sent)
+            together.share(result[start : min(start + _ROWS, end)], other, device)
     return result
-
-
-class Pixels(Dataset[Tensor]):
-    """Preprocessed images of a dataset."""
-
-    def __init__(self, images: LabelledImages, preprocess: Callable[[Any], Tensor]) -> None:
-        self.images = images
-        self.preprocess = preprocess
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor:
-        """What the tower takes of one image."""
-        image, _ = self.images[index]
-        return self.preprocess(image)
-
-    def __getitems__(self, indices: list[int]) -> list[Tensor]:
-        """The same of several (a `DataLoader` asks for those of a batch at once)."""
-        if isinstance(self.preprocess, Preprocess):
-            return self.preprocess.batch(self.images[index][0] for index in indices)
-        return [self[index] for index in indices]
-
-
-def pixel_batches(
-    pixels: Pixels,
-    *,
-    batch_size: int,
-    num_workers: int,
-    worker_init_fn: Callable[[int], None] | None = None,
-    share: range | None = None,
-    pin_memory: bool = False,
-    collate_fn: Callable[[list[Tensor]], Any] | None = None,
-) -> DataLoader[Tensor]:
-    """All items, or a share, in order and in batches; no random generator is touched."""
-    return DataLoader(
-        pixels,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        worker_init_fn=worker_init_fn,
-        sampler=share,
-        pin_memory=pin_memory,
-        collate_fn=collate_fn,
-        generator=torch.Generator(),  # else the loader draws from the caller's
-    )
-
-
-def are_images(images: Any) -> bool:
-    """Whether these are images alone, not a labelled dataset."""
-    if isinstance(images, Sequence) and not isinstance(images, tuple):
-        return not len(images) or not isinstance(images[0], (tuple, list))
-    return hasattr(images, "ndim") and images.ndim == 4

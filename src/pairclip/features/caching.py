@@ -1,4 +1,4 @@
-"""What a frozen trunk gives for a dataset: computed once, kept in a file, trained on."""
+"""`cache_features`: a frozen trunk's features, computed once and written to a file."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,92 +17,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from pairclip import _checks, _files
-from pairclip._files import MappedTensors, bytes_of, write_header
+from pairclip._files import bytes_of, write_header
 from pairclip._progress import progress
 from pairclip._randomness import random_state
 from pairclip.datasets import LabelledImages
-from pairclip.embedding import Pixels, pixel_batches
+from pairclip.embedding import Pixels, Together, pixel_batches
+from pairclip.features.cached import FORMATS, CachedFeatures, checksum_of, seal_of
 from pairclip.towers import VisionTower
 from pairclip.towers.vision_tower import Trunk
 
-# The first had no checksums.
-_FORMATS = "pairclip features 1", "pairclip features 2"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Images that are decoded to tell one dataset from another, where each image's file or values
 # are looked at too, and where only these few are.
 _SAMPLE, _LARGE_SAMPLE = 16, 256
-
-
-class CachedFeatures(Dataset[tuple[Tensor, int]]):
-    """Features in a file of `cache_features`, as a dataset to train the head on.
-
-    The file stays on disk, and what is used of it in the system's page cache; workers of a
-    `DataLoader` open it themselves.
-
-    Args:
-        path: The file.
-
-    Attributes:
-        path: The file.
-        labels: Class id of each image, int64 ``[N]``.
-        class_names: Name of each class id, or None.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged, or was not written by `cache_features`; the features of
-            an image are looked at when they are first asked for.
-
-    Example:
-        >>> import tempfile
-        >>> import numpy as np
-        >>> from pairclip.features import CachedFeatures, cache_features
-        >>> from pairclip.towers import random_tower
-        >>> trunk, head = random_tower().split(1)
-        >>> images = np.zeros((2, 16, 16, 3), dtype=np.uint8)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = cache_features(trunk, (images, ["cat", "dog"]), folder).path
-        ...     features = CachedFeatures(path)
-        >>> features.labels, features.class_names
-        (tensor([0, 1]), ['cat', 'dog'])
-    """
-
-    of_features = True  # what `LabelledImages` tells it by
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path).absolute()
-        tensors = _open(self.path)
-        self.metadata, self._features = tensors.metadata, tensors["features"]
-        self.labels = tensors["labels"].clone()
-        names = json.loads(self.metadata["class_names"])
-        self.class_names: list[str] | None = names
-        self._ids: list[int] = self.labels.tolist()
-        self._checksums = tensors["checksums"].clone() if "checksums" in tensors else None
-        self._checked = bytearray(len(self._ids))
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Features ``[T, H]`` of one image, in the type of the file, and its class id.
-
-        Raises:
-            ValueError: If they are damaged, which is looked at when they are first asked for.
-        """
-        features, label = self._features[index], self._ids[index]
-        if self._checksums is not None and not self._checked[index]:
-            if _checksum_of(features) != bytes(bytes_of(self._checksums[index])):
-                raise ValueError(
-                    f"'{self.path}' is damaged: the checksum of image {index} differs. Delete it; "
-                    "`cache_features` computes it again."
-                )
-            self._checked[index] = 1
-        return features, label
-
-    def __reduce__(self) -> tuple[type[CachedFeatures], tuple[Path]]:
-        return CachedFeatures, (self.path,)
 
 
 def cache_features(
@@ -121,6 +51,9 @@ def cache_features(
     data: class ids and names; of each image, path, size and time of its file, or its values where
     the dataset holds them in memory; and the decoded pixels of 16 images, so that a changed
     transform is noticed (of 256, spread evenly, where neither files nor values are at hand).
+
+    Under several processes each computes a part, and one on each machine writes all: let all of
+    them call it.
 
     An image costs ``T * H`` numbers: for ViT-B/32 75 kB in float16, 3.8 GB for 50,000.
 
@@ -142,6 +75,7 @@ def cache_features(
             image can't be read, or a feature is not finite in `dtype`.
         TypeError: If `trunk` isn't one, or `dataset` is of features already.
         OSError: If the disk is too small; no file is left then.
+        RuntimeError: If another process failed, was ended or did not call it.
 
     Example:
         >>> import tempfile
@@ -173,67 +107,102 @@ def cache_features(
     if data.of_features:
         raise TypeError("`dataset` must be of images, got features that are cached already.")
     pixels = Pixels(data, trunk.preprocess)
-    key = _key(trunk, pixels, dtype)
+    key, of_all = _keys(trunk, pixels, dtype)
     path = folder / f"features-{key[:32]}.safetensors"
-    if path.exists():
-        try:
-            found = CachedFeatures(path)
-            if found.metadata["key"] != key:
-                raise ValueError(f"'{path}' has the features of other data.")
-            for index in range(len(found)):
-                _ = found[index]
-        except ValueError as error:
-            warnings.warn(f"{error} The features are computed again.", stacklevel=2)
-        else:
+    together = Together("`cache_features`")
+    found, trouble = _found(path, key)
+    said = together.gather((found is not None, of_all, batch_size))
+    for other, (_, *its_own) in enumerate(said):
+        if its_own != [*said[0][1:]]:
+            raise ValueError(
+                "`trunk`, the labels of `dataset`, `dtype` and `batch_size` must be the same on "
+                f"all processes, and process {other} has others than process 0."
+            )
+    if found is not None and all(is_found for is_found, *_ in said):
+        if together.process == 0:
             print(f"Found the features of these {len(found)} images in '{path}'.")
-            return found
-    folder.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": _FORMATS[1], "key": key, "class_names": json.dumps(data.class_names)}
-    batches = pixel_batches(pixels, batch_size=batch_size, num_workers=num_workers)
-    _write(path, _features(trunk, batches, dtype), data.labels, metadata)
+        return found
+    if trouble is not None:
+        warnings.warn(f"{trouble} The features are computed again.", stacklevel=2)
+    metadata = {"format": FORMATS[1], "key": key, "class_names": json.dumps(data.class_names)}
+    # The batches of one process, in turn, so that the features do not depend on how many there are.
+    rounds = range(0, len(pixels), together.processes * batch_size)
+    starts = [s + together.process * batch_size for s in rounds]
+    share = [i for s in starts for i in range(s, min(s + batch_size, len(pixels)))]
+    loader = pixel_batches(pixels, batch_size=batch_size, num_workers=num_workers, share=share)
+    mine = _features(trunk, loader if share else (), dtype, starts)
+    device = next(trunk.parameters()).device
+    batches = _of_all(mine, rounds, together, device)
+    try:
+        # Of the processes on a machine, which share its folders, one writes.
+        if together.processes == 1 or int(os.environ.get("LOCAL_RANK", together.process)) == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write(path, batches, data.labels, metadata)
+        else:
+            deque(batches, maxlen=0)
+    except Exception as error:
+        if together.ended:
+            raise
+        together.gather(error=error)
+    together.gather()  # the file is there
     return CachedFeatures(path)
 
 
-def _open(path: Path) -> MappedTensors:
-    """Metadata, labels, features and their checksums, mapped; all but the features checked."""
-    tensors = MappedTensors(path)
-    metadata = tensors.metadata
-    if metadata.get("format") not in _FORMATS:
-        raise ValueError(f"'{path}' was not written by `cache_features`.")
-    expected = ["features", "labels"] + ["checksums"] * (metadata["format"] == _FORMATS[1])
-    if sorted(tensors) != sorted(expected) or not {"key", "class_names"} <= metadata.keys():
-        raise ValueError(f"'{path}' is damaged: something is missing.")
-    if metadata["format"] == _FORMATS[1] and metadata.get("sha256") != _seal_of(
-        metadata, tensors["labels"], tensors["features"].dtype, tensors["features"].shape
-    ):
-        raise ValueError(f"'{path}' is damaged: the checksum of its labels differs.")
-    return tensors
+def _found(path: Path, key: str) -> tuple[CachedFeatures | None, ValueError | None]:
+    """The features that are there already, or what is wrong with them."""
+    if not path.exists():
+        return None, None
+    try:
+        found = CachedFeatures(path)
+        if found.metadata["key"] != key:
+            raise ValueError(f"'{path}' has the features of other data.")
+        for index in range(len(found)):
+            _ = found[index]
+    except ValueError as error:
+        return None, error
+    return found, None
 
 
-def _seal_of(
-    metadata: dict[str, str], labels: Tensor, dtype: torch.dtype, shape: Sequence[int]
-) -> str:
-    labels_sha256 = hashlib.sha256(bytes_of(labels)).hexdigest()
-    fields = {**metadata, "labels": labels_sha256, "dtype": str(dtype), "shape": list(shape)}
-    return _files.checksum_of_fields(fields)
+def _of_all(
+    mine: Iterator[Tensor], starts: range, together: Together, device: torch.device
+) -> Iterator[Tensor]:
+    """Batches of all processes in their order, each of which computes every P-th."""
+    if together.processes == 1:
+        yield from mine
+        return
+    for _ in starts:
+        features: Tensor | None = None
+        try:
+            features = next(mine, None)
+        except Exception as error:
+            together.gather(error=error)
+        known = None if features is None else (tuple(features.shape), features.dtype)
+        round_of_all = []
+        for other, layout in enumerate(together.gather(known)):
+            if layout is not None:
+                shape, dtype = layout
+                rows = torch.empty(shape, dtype=dtype, device="cpu")
+                if other == together.process and features is not None:
+                    rows.copy_(features)
+                together.share(rows, other, device)
+                round_of_all.append(rows)
+        yield from round_of_all
 
 
-def _checksum_of(row: Tensor) -> bytes:
-    return hashlib.sha256(bytes_of(row)).digest()[:8]
-
-
-def _key(trunk: Trunk, pixels: Pixels, dtype: torch.dtype) -> str:
+def _keys(trunk: Trunk, pixels: Pixels, dtype: torch.dtype) -> tuple[str, str]:
+    """What tells these features from others; and what of it is the same on every machine."""
     data = pixels.images
-    digest = hashlib.sha256(f"{_FORMATS[0]} {dtype} {trunk.fingerprint()}".encode())
+    digest = hashlib.sha256(f"{FORMATS[0]} {dtype} {trunk.fingerprint()}".encode())
     digest.update(json.dumps(data.class_names).encode())
     digest.update(bytes_of(data.labels))
+    of_all = digest.hexdigest()
     all_known = True
     for index in range(len(data)):
         known = data.source.identity(index)
         all_known = all_known and known is not None
         digest.update(known or b"?")
     _add_sample(digest, pixels, _SAMPLE if all_known else _LARGE_SAMPLE)
-    return digest.hexdigest()
+    return digest.hexdigest(), of_all
 
 
 def _add_sample(digest: hashlib._Hash, pixels: Pixels, count: int) -> None:
@@ -251,17 +220,18 @@ def _add_sample(digest: hashlib._Hash, pixels: Pixels, count: int) -> None:
         digest.update(bytes_of(first))
 
 
-def _features(trunk: Trunk, batches: Iterable[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
-    """Batches of features in `dtype`, all of them finite."""
+def _features(
+    trunk: Trunk, batches: Iterable[Tensor], dtype: torch.dtype, starts: Iterable[int]
+) -> Iterator[Tensor]:
+    """Batches of features in `dtype`, all of them finite, of images from these numbers on."""
     device = next(trunk.parameters()).device
-    done = 0
-    for batch in batches:
+    for batch, start in zip(batches, starts, strict=False):
         exact = trunk(batch.to(device))
         features = exact.to(dtype)
         bad = ~features.isfinite().flatten(1).all(dim=1)
         if bool(bad.any()):
             row = int(bad.nonzero()[0, 0])
-            what = f"The features of image {done + row} are not finite"
+            what = f"The features of image {start + row} are not finite"
             if bool(exact[row].isfinite().all()):
                 largest = exact[row].abs().max().item()
                 raise ValueError(
@@ -273,7 +243,6 @@ def _features(trunk: Trunk, batches: Iterable[Tensor], dtype: torch.dtype) -> It
                 "`dtype=torch.float32` keeps the features."
             )
         yield features
-        done += len(features)
 
 
 def _write(path: Path, batches: Iterable[Tensor], labels: Tensor, metadata: dict[str, str]) -> None:
@@ -294,11 +263,11 @@ def _write(path: Path, batches: Iterable[Tensor], labels: Tensor, metadata: dict
                         "features": (features.dtype, shape),
                         "checksums": (torch.uint8, [len(labels), 8]),
                     }
-                    seal = _seal_of(metadata, labels, features.dtype, shape)
+                    seal = seal_of(metadata, labels, features.dtype, shape)
                     write_header(file, layout, {**metadata, "sha256": seal})
                     file.write(bytes_of(labels))
                 file.write(bytes_of(features))
-                checksums += map(_checksum_of, features)
+                checksums += map(checksum_of, features)
                 bar.update(len(features))
             file.write(b"".join(checksums))
     except OSError as error:
