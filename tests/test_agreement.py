@@ -1,6 +1,7 @@
 """What is said at the start of a fit, and where a fit can't be: threads, modes, other processes."""
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,21 @@ from PIL import Image
 from pytorch_metric_learning import losses as pml
 from runs import LOSS, At, photos, plain_tower
 
-from pairclip import Finetuner, LabelledImages, newest_checkpoint
+from pairclip import (
+    AllPairsCosineLoss,
+    Finetuner,
+    ImageIndex,
+    LabelledImages,
+    PairSampler,
+    WeightAverage,
+    cache_features,
+    embed_images,
+    evaluate,
+    evaluate_embeddings,
+    newest_checkpoint,
+)
 from pairclip.embedding import lost_processes_named
+from pairclip.towers import random_tower
 
 
 def finetuner(**arguments: Any) -> Finetuner:
@@ -58,6 +72,47 @@ def test_a_callback_may_change_the_folder(tmp_path: Path, monkeypatch) -> None:
     finetuner(callbacks=[leave]).fit(photos(), batch_size=6, max_steps=2, checkpoint_dir="saved")
     assert newest_checkpoint(tmp_path / "saved").step == 2
     assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_the_default_device_changes_nothing(tmp_path: Path) -> None:
+    # Whatever is made there has no values, so none may be.
+    rows, labels = torch.randn(12, 8), torch.arange(12) % 3
+    trunk, head = random_tower(image_size=8, patch_size=4).split(0)
+    tower, images = plain_tower(), photos()
+    with torch.device("meta"):
+        for form in ("linear", "squared"):
+            AllPairsCosineLoss(negatives=form)(rows, labels)
+        assert len([*PairSampler(labels, 4)]) == 3
+        evaluation = evaluate_embeddings(rows, labels, exclude=[None] * 12)
+        index = ImageIndex(
+            rows.half(), labels=labels, class_names=list("abc"), paths=None, fingerprint="none"
+        )
+        index.save(tmp_path / "index")
+        assert len(ImageIndex.load(tmp_path / "index").nearest_neighbors(rows, 2)[1]) == 12
+        Finetuner(tower, LOSS, callbacks=[WeightAverage(0.9)], micro_batch_size=2).fit(
+            images, batch_size=6, max_steps=2, eval_dataset=images, checkpoint_dir=tmp_path / "fit"
+        )
+        features = cache_features(trunk, images, tmp_path)
+        assert 0 <= evaluate(head, features).recall_at_1 <= 1
+    assert evaluation.recall_at_1 == evaluate_embeddings(rows, labels).recall_at_1
+
+
+def test_a_call_that_not_all_processes_make_is_told(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr("pairclip.embedding.processes._PATIENCE", 0.01)
+
+    def alone(*_: Any) -> None:
+        time.sleep(0.2)
+        raise RuntimeError("Timed out waiting 200ms for recv operation to complete")
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", alone)
+    message = r"^Process 0 can't go on: .*did not come in time.*let all processes make it"
+    with pytest.raises(RuntimeError, match=message):
+        embed_images(plain_tower(), [Image.new("RGB", (8, 8))])
+    said = capsys.readouterr().err
+    assert said.startswith("Process 0 has waited 0 s for other processes: `embed_images`, as")
 
 
 def test_a_connection_that_breaks_is_another_process_that_failed(monkeypatch) -> None:

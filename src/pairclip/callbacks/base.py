@@ -43,10 +43,10 @@ class FitState:
     config: dict[str, Any]
     history: History = field(default_factory=History)
     step: int = 0
-    embeddings: Tensor = field(default_factory=lambda: torch.empty(0, 0))
-    labels: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    embeddings: Tensor = field(default_factory=lambda: torch.empty(0, 0, device="cpu"))
+    labels: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64, device="cpu"))
     targets: Tensor | None = None
-    gradient: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    gradient: Tensor = field(default_factory=lambda: torch.empty(0, 0, device="cpu"))
     averages: list[Tensor] | None = None
 
     @property

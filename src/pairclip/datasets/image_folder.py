@@ -62,14 +62,16 @@ class ImageFolderSource(TorchvisionSource):
     def _leave_out_system(self, dataset: DatasetFolder) -> None:
         """Mark what lies in hidden and system folders, and number the classes without them."""
         start = len(str(dataset.root))
-        system = torch.tensor([is_of_system(path[start:]) for path, _ in dataset.samples])
+        system = torch.tensor(
+            [is_of_system(path[start:]) for path, _ in dataset.samples], device="cpu"
+        )
         if not system.any():
             return
         self.system = system
         self.labels[system] = MISSING
         if self.class_names is not None:
             kept = [id_ for id_, name in enumerate(self.class_names) if not is_of_system(name)]
-            new = torch.full((len(self.class_names) + 1,), MISSING)
-            new[kept] = torch.arange(len(kept))
+            new = torch.full((len(self.class_names) + 1,), MISSING, device="cpu")
+            new[kept] = torch.arange(len(kept), device="cpu")
             self.labels = new[self.labels]
             self.class_names = [self.class_names[id_] for id_ in kept]

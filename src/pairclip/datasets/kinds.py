@@ -102,7 +102,7 @@ class View(Source):
 
 def _subset(dataset: Subset[Any]) -> View:
     whole = source_of(dataset.dataset)
-    indices = torch.as_tensor(np.asarray(dataset.indices, dtype=np.int64))
+    indices = torch.from_numpy(np.array(dataset.indices, dtype=np.int64))
     if isinstance(whole, PairSource) and len(whole.labels) > 2 and bool((indices.abs() < 2).all()):
         _refuse_pair("A subset")
     return View(dataset, whole, indices)
@@ -136,7 +136,7 @@ class JoinedSource(Source):
         if any(part.system is not None for part in parts):
             self.system = torch.cat(
                 [
-                    torch.zeros(len(part.labels), dtype=torch.bool)
+                    torch.zeros(len(part.labels), dtype=torch.bool, device="cpu")
                     if part.system is None
                     else part.system
                     for part in parts

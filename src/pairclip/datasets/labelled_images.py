@@ -162,7 +162,7 @@ def _labelled(source: Source, drop_missing: bool = False) -> Source:
     """What has a label, without what is no image of the collection."""
     if not len(source.labels):
         raise ValueError("`dataset` has no images. Check the folder or the filter it is from.")
-    left_out = torch.zeros(len(source.labels), dtype=torch.bool)
+    left_out = torch.zeros_like(source.labels, dtype=torch.bool)
     if source.system is not None and bool(source.system.any()):
         left_out = source.system
         first = source.path(int(left_out.nonzero()[0, 0]))
@@ -205,7 +205,7 @@ def _readable(source: Source, problems: list[Problem]) -> Source:
         f"({'; '.join(words)}{more}).",
         stacklevel=3,
     )
-    keep = torch.ones(len(source.labels), dtype=torch.bool)
+    keep = torch.ones_like(source.labels, dtype=torch.bool)
     keep[[problem.index for problem in problems]] = False
     view = View(source.dataset, source, keep.nonzero()[:, 0])
     view.unreadable = [*source.unreadable, *problems]
@@ -216,7 +216,7 @@ def _relabelled(source: Source) -> Source:
     there, labels = source.labels.unique(return_inverse=True)
     names = source.class_names
     classes = labels, None if names is None else [names[id_] for id_ in there.tolist()]
-    return View(source.dataset, source, torch.arange(len(labels)), classes)
+    return View(source.dataset, source, torch.arange(len(labels), device="cpu"), classes)
 
 
 def _check_some_labels(source: Source) -> None:

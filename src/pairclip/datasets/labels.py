@@ -162,7 +162,9 @@ def join_classes(
     joined: dict[str, int] = {}
     labels_of_all = []
     for labels, names in datasets:
-        new = torch.tensor([joined.setdefault(name, len(joined)) for name in names or ()] + [-1])
+        new = torch.tensor(
+            [joined.setdefault(name, len(joined)) for name in names or ()] + [-1], device="cpu"
+        )
         labels_of_all.append(new[labels])  # the last, -1, stays what it is
     return labels_of_all, list(joined)
 

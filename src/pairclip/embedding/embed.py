@@ -230,7 +230,7 @@ def _on_its_way(embeddings: Tensor) -> tuple[Tensor, Any]:
     """The embeddings in memory of the host, or on their way there until an event has come."""
     if embeddings.device.type != "cuda":
         return embeddings.cpu(), None
-    host = torch.empty(embeddings.shape, dtype=embeddings.dtype, pin_memory=True)
+    host = torch.empty(embeddings.shape, dtype=embeddings.dtype, device="cpu", pin_memory=True)
     host.copy_(embeddings, non_blocking=True)
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(embeddings.device))

@@ -35,6 +35,15 @@ class Pixels(Dataset[Tensor]):
         return [self[index] for index in indices]
 
 
+class HostLoader(DataLoader[Any]):
+    """A `DataLoader` that works in memory of the host, whatever the default device is."""
+
+    def __iter__(self) -> Any:
+        # Its generator is the CPU's, and what it draws would be elsewhere; workers know no device.
+        with torch.device("cpu"):
+            return super().__iter__()
+
+
 def pixel_batches(
     pixels: Pixels,
     *,
@@ -44,9 +53,9 @@ def pixel_batches(
     share: Sequence[int] | None = None,
     pin_memory: bool = False,
     collate_fn: Callable[[list[Tensor]], Any] | None = None,
-) -> DataLoader[Tensor]:
+) -> HostLoader:
     """All items, or a share, in order and in batches; no random generator is touched."""
-    return DataLoader(
+    return HostLoader(
         pixels,
         batch_size=batch_size,
         num_workers=num_workers,

@@ -48,7 +48,7 @@ def join_classes(queries: LabelledImages, gallery: LabelledImages) -> Joined:
     names = sorted({*of_queries, *of_gallery})
     place = {name: i for i, name in enumerate(names)}
     query_labels, labels = (
-        torch.tensor([place[name] for name in each.class_names or ()])[each.labels]
+        torch.tensor([place[name] for name in each.class_names or ()], device="cpu")[each.labels]
         for each in (queries, gallery)
     )
     return Joined(query_labels, labels, names)
@@ -61,6 +61,7 @@ def groups_of(*columns: Sequence[Any]) -> list[Tensor]:
         torch.tensor(
             [-1 if _is_missing(value) else ids.setdefault(value, len(ids)) for value in column],
             dtype=torch.int64,
+            device="cpu",
         )
         for column in columns
     ]

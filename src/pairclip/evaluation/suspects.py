@@ -65,7 +65,7 @@ def suspect_labels(embeddings: Any, labels: Any) -> Suspicion:
     if len(classes) < 2:
         raise ValueError(f"`labels` must have at least two classes, got {len(classes)}.")
     inputs = unit_rows(rows).double().cpu()
-    inputs = torch.cat([inputs, torch.ones(len(inputs), 1, dtype=torch.float64)], dim=1)
+    inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1, dtype=torch.float64)], dim=1)
     targets = torch.nn.functional.one_hot(places, len(classes)).double()
     weights = (len(places) / (len(classes) * targets.sum(dim=0)))[places].sqrt()[:, None]
     predicted = min(

@@ -120,7 +120,7 @@ def choose_threshold(
         )
     generator = np.random.default_rng(seed)
     places, chosen = _places(pairs, wanted)
-    groups = torch.arange(len(sizes))
+    groups = torch.arange(len(sizes), device="cpu")
     if len(sizes) > _MOST_GROUPS:
         groups = torch.from_numpy(generator.permutation(len(sizes)) % _MOST_GROUPS)
     matches = _Matches(search, places, chosen, groups.to(sizes.device))
@@ -147,10 +147,11 @@ def _places(pairs: PairCounts, wanted: float) -> tuple[Tensor, int]:
     At each, at most a multiple of the wanted number of false matches is at or above it.
     """
     above = pairs.different.flip(0).cumsum(0).flip(0)  # pairs from each edge on, falling
-    multiples = torch.logspace(math.log2(_WIDEST), -math.log2(_WIDEST), _PLACES + 1, 2.0)
-    edges = torch.searchsorted(-above.double().cpu(), -wanted * multiples.double())
+    multiples = np.logspace(math.log2(_WIDEST), -math.log2(_WIDEST), _PLACES + 1, base=2.0)
+    falling = -above.double().cpu()
+    edges = torch.searchsorted(falling, torch.from_numpy(-wanted * multiples))
     edges = torch.cat([edges, edges[:1] - 1]).unique()  # two at least, to go between
-    threshold = int(torch.searchsorted(-above.double().cpu(), torch.tensor([-wanted]).double()))
+    threshold = int(torch.searchsorted(falling, -wanted))
     # Behind the last bin is behind all that rounding may have put above 1, too.
     values = pairs.low + pairs.width * edges.where(edges < len(above), len(above) + 2).double()
     return values, int((edges == threshold).nonzero()[0, 0])
@@ -203,7 +204,7 @@ def _draws(
     drawn = torch.from_numpy(
         generator.multinomial(groups, np.full(groups, 1 / groups), _RESAMPLES)
     ).double()
-    of_group = torch.zeros(groups, dtype=torch.float64)
+    of_group = torch.zeros(groups, dtype=torch.float64, device="cpu")
     squares = of_group.clone()
     of_group.index_add_(0, matches.groups.cpu(), sizes.cpu())
     squares.index_add_(0, matches.groups.cpu(), sizes.cpu().square())

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset, default_collate
 
 from pairclip._randomness import Stream, drawn_apart, random_state_kept, seed_all
+from pairclip.embedding import HostLoader
 from pairclip.finetuner.agreement import BatchDigests
 from pairclip.finetuner.images import FitImages, KeptDeck, kept_deck
 from pairclip.samplers import PairSampler, default_sampler
@@ -253,12 +254,23 @@ def loader_of(
     batches: RunBatches,
     device: torch.device,
     workers: Mapping[str, Any],
-) -> DataLoader[tuple[Tensor, int, int]]:
+) -> HostLoader:
     """Loads the batches, and leaves the global generators alone."""
-    return DataLoader(
+    return HostLoader(
         items,
         batch_sampler=batches,
         pin_memory=device.type == "cuda",
         generator=torch.Generator().manual_seed(items.seed),
+        collate_fn=_collate,
         **workers,
+    )
+
+
+def _collate(items: list[tuple[Tensor, int, int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """What a `DataLoader` makes of them, in memory of the host whatever the default device."""
+    pixels, labels, numbers = zip(*items, strict=True)
+    return (
+        default_collate(pixels),
+        torch.tensor(labels, device="cpu"),
+        torch.tensor(numbers, device="cpu"),
     )

@@ -100,7 +100,10 @@ def model_identity(tower: nn.Module) -> dict[str, Any]:
             for name, module in tower.named_modules()
         },
         "trained weights": _digest(
-            {name: torch.tensor(t.shape) for name, t in trained_tensors(tower).items()}
+            {
+                name: torch.tensor(t.shape, device="cpu")
+                for name, t in trained_tensors(tower).items()
+            }
         ),
         "frozen weights": _digest(frozen),
     }

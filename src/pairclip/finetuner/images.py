@@ -55,7 +55,7 @@ class FitImages:
                 f"`dataset` has the label {int(data.labels.min())}, and with `keep` a negative one "
                 "says that an image has no class. Give it class ids from 0."
             )
-        self.labels = torch.cat([data.labels, torch.full([len(self.keep)], NO_LABEL)])
+        self.labels = torch.cat([data.labels, torch.full([len(self.keep)], NO_LABEL, device="cpu")])
         self.in_memory = self.in_memory and self.keep.source.in_memory
 
     def __len__(self) -> int:

@@ -62,7 +62,7 @@ def joined_labels(
     if known is None or names is None:
         return data.labels, None
     joined = [*known, *(name for name in names if name not in known)]
-    return torch.tensor([joined.index(name) for name in names])[data.labels], joined
+    return torch.tensor([joined.index(name) for name in names], device="cpu")[data.labels], joined
 
 
 class ParquetRows(NamedTuple):
@@ -125,11 +125,11 @@ def _ids_of(labels: list[Any], folder: Path) -> tuple[Tensor | None, list[str] |
     if kinds == {type(None)}:
         return None, None
     if kinds == {int}:
-        return torch.tensor(labels), None
+        return torch.tensor(labels, device="cpu"), None
     if kinds == {str}:
         names = sorted(set(labels))
         numbers = {name: number for number, name in enumerate(names)}
-        return torch.tensor([numbers[label] for label in labels]), names
+        return torch.tensor([numbers[label] for label in labels], device="cpu"), names
     found = ", ".join(sorted(kind.__name__ for kind in kinds))
     raise ValueError(
         f"The column 'label' of '{folder}' must be all texts or all integers, got {found}."
@@ -137,7 +137,7 @@ def _ids_of(labels: list[Any], folder: Path) -> tuple[Tensor | None, list[str] |
 
 
 def _units(embeddings: Tensor, dtype: torch.dtype) -> Tensor:
-    units = torch.empty(embeddings.shape, dtype=dtype)
+    units = torch.empty_like(embeddings, dtype=dtype)
     for start in range(0, len(embeddings), ROWS):
         units[start : start + ROWS] = unit_rows(embeddings[start : start + ROWS])
     return units

@@ -160,4 +160,4 @@ class ExactSearch:
                 f"`class_names` must be of the index's classes, got {unknown or 'none'}. They are "
                 f"{', '.join(map(repr, known[:20]))}{', ...' * (len(known) > 20)}."
             )
-        return torch.tensor([known.index(name) for name in class_names])
+        return torch.tensor([known.index(name) for name in class_names], device="cpu")

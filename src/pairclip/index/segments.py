@@ -64,7 +64,7 @@ class Segment:
 
     def remove(self, places: Tensor) -> None:
         """Remove rows, by their places among those that are left."""
-        stay = torch.ones(len(self), dtype=torch.bool)
+        stay = torch.ones(len(self), dtype=torch.bool, device="cpu")
         stay[places] = False
         self.left = stay.nonzero()[:, 0] if self.left is None else self.left[stay]
 
@@ -76,7 +76,7 @@ class Segment:
         lengths = self._all_lengths()
         places = numbers = self.left
         if self.left is not None:
-            places = torch.arange(len(self.left))
+            places = torch.arange(len(self.left), device="cpu")
         if wanted is not None and self.labels is not None:
             places = torch.isin(self.kept(self.labels), wanted).nonzero()[:, 0]
             numbers = places if self.left is None else self.left[places]
@@ -127,7 +127,10 @@ def nearest(
 ) -> tuple[Tensor, Tensor]:
     """The k nearest of all segments: scores, descending, and places in the index."""
     parts = unit_rows(queries).split(_QUERIES)
-    best = [(part.new_zeros(len(part), 0), torch.zeros(len(part), 0).long()) for part in parts]
+    best = [
+        (part.new_zeros(len(part), 0), part.new_zeros(len(part), 0, dtype=torch.int64))
+        for part in parts
+    ]
     # One for all blocks: the system takes longer to hand out memory than a query takes.
     buffer = parts[0].new_empty(_BLOCK, queries.shape[1])
     first = 0

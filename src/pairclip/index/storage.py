@@ -188,7 +188,7 @@ def _written(folder: Path, group: list[Segment], same: bool) -> Segment:
 def _entry(segment: Segment) -> Header:
     removed: list[int] = []
     if segment.left is not None:
-        gone = torch.ones(len(segment.rows), dtype=torch.bool)
+        gone = torch.ones(len(segment.rows), dtype=torch.bool, device="cpu")
         gone[segment.left] = False
         removed = gone.nonzero()[:, 0].tolist()
     return {**(segment.entry or {}), "removed": removed}
@@ -231,8 +231,8 @@ def _segment(folder: Path, header: Header, entry: Header) -> Segment:
         raise ValueError(f"'{path}' is damaged: its paths are not those of its images.")
     left = None
     if entry["removed"]:
-        stay = torch.ones(entry["num_rows"], dtype=torch.bool)
-        stay[torch.tensor(entry["removed"])] = False
+        stay = torch.ones(entry["num_rows"], dtype=torch.bool, device="cpu")
+        stay[torch.tensor(entry["removed"], dtype=torch.int64, device="cpu")] = False
         left = stay.nonzero()[:, 0]
     return Segment(
         tensors["embeddings"],

@@ -186,7 +186,7 @@ class _OnPairs(nn.Module):
 
 def _as_bool(same: Tensor, length: int) -> Tensor:
     if not isinstance(same, Tensor):
-        same = torch.as_tensor(same)
+        same = torch.as_tensor(same, device="cpu")
     if same.shape != (length,):
         raise ValueError(
             f"`same` must have one value per pair, shape [{length}], got {list(same.shape)}."

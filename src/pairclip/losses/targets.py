@@ -249,9 +249,9 @@ def _many_hot(lists: Sequence[Iterable[Hashable]]) -> Tensor:
         for row, labels in enumerate(lists)
         for label in labels
     ]
-    hot = torch.zeros(len(lists), len(columns))
+    hot = torch.zeros(len(lists), len(columns), device="cpu")
     if places:
-        hot[tuple(torch.tensor(places).T)] = 1
+        hot[tuple(torch.tensor(places, device="cpu").T)] = 1
     return hot
 
 

@@ -131,17 +131,21 @@ def _directions(
     embedded: Tensor, labels: Tensor, num_classes: int, centres: int, seed: int
 ) -> tuple[Tensor, Tensor]:
     """Unit mean of each proxy's images, ``[C * K, D]``, and whether it has any, ``[C * K]``."""
-    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.randperm(len(labels), generator=generator, device="cpu")
     unit, labels = unit_rows(embedded)[shuffled], labels[shuffled]
     classes = group_by_slot(labels, num_classes)
     place = torch.empty_like(labels)
-    place[classes.order] = torch.arange(len(labels)) - classes.starts[labels[classes.order]]
+    place[classes.order] = (
+        torch.arange(len(labels), device="cpu") - classes.starts[labels[classes.order]]
+    )
     sums = class_sums(
         unit, group_by_slot(labels * centres + place % centres, num_classes * centres)
     ).view(num_classes, centres, -1)
     # A class of fewer images than centres repeats them.
-    empty = torch.arange(centres) >= classes.counts[:, None]
-    source = torch.arange(centres) % classes.counts.clamp_min(1)[:, None]
-    repeated = sums[torch.arange(num_classes)[:, None], source]
+    centre = torch.arange(centres, device="cpu")
+    empty = centre >= classes.counts[:, None]
+    source = centre % classes.counts.clamp_min(1)[:, None]
+    repeated = sums[torch.arange(num_classes, device="cpu")[:, None], source]
     sums = torch.where(empty[:, :, None], repeated, sums).view(num_classes * centres, -1)
     return unit_rows(sums), (classes.counts > 0).repeat_interleave(centres)

@@ -52,7 +52,7 @@ class PairCounts:
 
     def coarse(self, bins: int = 200) -> tuple[Tensor, Tensor, Tensor]:
         """Edges of fewer bins, float64, and the pairs of one class and of two in each, int64."""
-        edges = torch.linspace(0, BINS, bins + 1, dtype=torch.float64)
+        edges = torch.linspace(0, BINS, bins + 1, dtype=torch.float64, device="cpu")
         sizes = edges.round().long().diff().tolist()
         same, different = (
             torch.stack([part.sum() for part in counts.split(sizes)])

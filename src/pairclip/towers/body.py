@@ -57,7 +57,7 @@ class Body(nn.Module):
     def _grey(self, count: int) -> Tensor:
         """Pixel values of grey images, of the model's type, where the model is."""
         weights = (*self.model.parameters(), *self.model.buffers())
-        like = next((p for p in weights if p.is_floating_point()), torch.empty(0))
+        like = next((p for p in weights if p.is_floating_point()), torch.empty(0, device="cpu"))
         return like.new_zeros(count, 3, self.image_size, self.image_size)
 
     def _depths(self) -> dict[str, int]:

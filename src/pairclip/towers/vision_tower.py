@@ -140,7 +140,9 @@ class VisionTower(Stored):
 
     def _sample(self) -> Tensor:
         """What the tower takes, of two images that are no plain grey."""
-        noise = torch.rand(self._grey(2).shape, generator=torch.Generator().manual_seed(0))
+        noise = torch.rand(
+            self._grey(2).shape, generator=torch.Generator().manual_seed(0), device="cpu"
+        )
         return noise.to(self._grey(1))
 
 
