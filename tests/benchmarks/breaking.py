@@ -6,8 +6,9 @@
 For each kind of file: a kill and an error before every file operation of its writer, which must
 leave the old content or the new; random damages and every single bit of small files, which must
 read as before or end in an error that names the file; threads and processes that write and read
-one name, which must never see half of it. Ends with 1 if anything was torn, used silently or not
-named.
+one name, which must never see half of it. And for each way in which two processes of a fit, or of
+an embedding, can fail or differ: all must end within 30 s, with words that say so. Ends with 1 if
+anything was torn, used silently, not named or left hanging.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import _ranks
 from kills import EVENTS, killed_at
 
 import pairclip
@@ -41,7 +43,7 @@ from pairclip.features import CachedFeatures, cache_features
 from pairclip.towers import random_tower
 
 SMALL = 5000  # bytes of a file whose every bit is flipped
-BAD = ("torn", "silent", "unnamed", "raised", "lost")
+BAD = ("torn", "silent", "unnamed", "raised", "lost", "hung")
 
 
 @dataclass
@@ -384,6 +386,12 @@ def main(arguments: list[str] | None = None) -> int:
                 total += counts
                 said = ", ".join(f"{number} {name}" for name, number in counts.items() if number)
                 print(f"{kind.name:12} {what:10} {said}", flush=True)
+        if args.only in (None, "ranks"):
+            names = _ranks.NAMES[:: 6 if args.tiny else 1]
+            attempts = [_ranks.attempt(name, Path(folder, "ranks", name)) for name in names]
+            counts = sum(attempts, Counter())
+            total += counts
+            print(f"{'ranks':12} {'':10} {', '.join(f'{n} {name}' for name, n in counts.items())}")
     broken = {name: total[name] for name in BAD if total[name]}
     print(f"broken: {broken or 'nothing'}, of {sum(total.values()):,} attempts")
     return 1 if broken else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from pairclip._files import bytes_of
+from pairclip._randomness import random_state_kept
 from pairclip.callbacks import Callback
 from pairclip.checkpoints import trained_tensors
 from pairclip.datasets import LabelledImages, StreamBatches
@@ -146,7 +147,25 @@ def statement_of(
         "batches per epoch": feed.steps_per_epoch,
         "settings": {name: _plain(value) for name, value in vars(settings).items()},
         "fit": {name: _plain(value) for name, value in vars(plan).items() if name != "num_workers"},
-        "eval_dataset": None if evaluated is None else _digest({"labels": evaluated.labels}),
+        "eval_dataset": None if evaluated is None else _evaluated(evaluated, items.preprocess),
+    }
+
+
+def _evaluated(images: LabelledImages, preprocess: Callable[[Any], Tensor]) -> dict[str, Any]:
+    """What is the same in the same images to evaluate on; None for others each time."""
+    chosen = [i * (len(images) - 1) // (_SAMPLED_ITEMS - 1) for i in range(_SAMPLED_ITEMS)]
+
+    def digest() -> str:
+        read = [images[i][0] for i in chosen]
+        values = read if images.of_features else [preprocess(image) for image in read]
+        return _digest({str(i): value for i, value in enumerate(values)})
+
+    with random_state_kept():
+        pixels = digest()
+        again = digest()
+    return {
+        "labels": _digest({"labels": images.labels}),
+        "some images": pixels if pixels == again else None,
     }
 
 
