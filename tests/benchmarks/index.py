@@ -18,11 +18,19 @@ process from loading on, with Python, imports and the pages of the file that are
 approximate: the exact search and `to_faiss` of the same index take turns in one process with one
 thread each. FAISS looks at the least power of two of cells with which `search_recall` on 200
 queries is at least 0.95 of the exact 10 nearest.
+
+"add" embeds 1,000 images by a tiny tower, adds them and saves; "kills" does that in processes that
+are killed at random moments, after each of which the index is verified and must have what was saved
+before, or that and the new images.
 """
 
 from __future__ import annotations
 
+import math
+import os
+import re
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -43,6 +51,22 @@ _DIMENSIONS = 64  # that the rows fill, as embeddings of images fill few of thei
 _BLOCK = 2048  # rows that pairclip compares at once
 _REPEATS = 5
 _JUDGED = 200  # queries that recall is measured with
+_ADDED, _KILLS = 1000, 50
+
+
+def new_tower(width: int) -> Any:
+    """A tiny tower, always the same."""
+    from pairclip.towers import random_tower
+
+    return random_tower(image_size=8, patch_size=4, embedding_dim=width)
+
+
+def new_images() -> tuple[Any, list[str]]:
+    """What is added, with labels that there are."""
+    import numpy as np
+
+    images = np.random.default_rng(0).integers(0, 256, (_ADDED, 8, 8, 3), dtype=np.uint8)
+    return images, [f"class {i}" for i in range(_ADDED)]
 
 
 def clustered(count: int, job: Row, *, seed: int) -> Tensor:
@@ -76,7 +100,7 @@ def write_index(job: Row) -> None:
         labels=torch.arange(rows) % 1000,
         class_names=[f"class {i}" for i in range(1000)],
         paths=[f"/data/images/class_{i % 1000:03}/{i:09}.jpg" for i in range(rows)],
-        fingerprint="0" * 64,
+        fingerprint=new_tower(job["width"]).fingerprint(),
     )
     index.save(job["folder"])
 
@@ -93,6 +117,10 @@ def measure(job: Row) -> Row:
     from pairclip.index import ImageIndex
 
     torch.set_num_threads(job["threads"])
+    if job["measure"] == "add":
+        return measure_add(job)
+    if job["measure"] == "kills":
+        return measure_kills(job)
     queries = clustered(job["queries"], job, seed=2).float()
     imports = _bench.resident_bytes()
     _bench.reset_peak()
@@ -143,6 +171,60 @@ def measure_approximate(job: Row) -> Row:
     return {"made_seconds": made, "recall": recall, "cells": cells, "times": times}
 
 
+def measure_add(job: Row) -> Row:
+    from pairclip.index import ImageIndex
+
+    images = new_images()
+    index = ImageIndex.load(job["folder"], new_tower(job["width"]))
+    written, start = written_bytes(), time.perf_counter()
+    index.add(images)
+    added = time.perf_counter()
+    index.save(job["folder"])
+    return {
+        "add_seconds": added - start,
+        "save_seconds": time.perf_counter() - added,
+        "written_bytes": written_bytes() - written,
+    }
+
+
+def written_bytes() -> int:
+    """What this process has written to files."""
+    return int(re.search(r"wchar: (\d+)", Path("/proc/self/io").read_text())[1])  # type: ignore[index]
+
+
+def measure_kills(job: Row) -> Row:
+    import numpy as np
+
+    from pairclip.index import ImageIndex
+
+    folder, rows = str(Path(job["folder"], "killed")), job["rows"] // 50
+    write_index(job | {"folder": folder, "rows": rows})
+    images, tower = new_images(), new_tower(job["width"])
+    paths = ImageIndex.load(folder).paths
+    chance = np.random.default_rng(0)
+    lost, grown, seconds = 0, 0, 0.0
+    for number in range(_KILLS + 1):
+        start = time.perf_counter()
+        child = os.fork()
+        if not child:
+            index = ImageIndex.load(folder, tower)
+            index.add(images)
+            index.save(folder)
+            os._exit(0)
+        if number:  # the first is let go on, to know how long it takes
+            time.sleep(chance.uniform(0, seconds))
+            os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        seconds = seconds or time.perf_counter() - start
+        index = ImageIndex.load(folder)
+        index.verify()
+        known = (index.paths or [])[: len(paths or ())]
+        lost += len(index) not in (rows, rows + _ADDED) or known != paths
+        grown += len(index) != rows
+        rows = len(index)
+    return {"lost": lost, "grown": grown, "kills": _KILLS}
+
+
 def bare_product(queries: Tensor, rows: Tensor) -> None:
     for piece in rows.split(_BLOCK):
         _ = queries @ piece.float().T
@@ -172,6 +254,7 @@ def run_all(arguments: Any, folder: str) -> list[Row]:
         {"measure": "approximate", "factory": factory, "queries": arguments.queries}
         for factory in arguments.factories
     ]
+    jobs += [{"measure": kind, "threads": arguments.threads} for kind in ("add", "kills")]
     return [_bench.run_worker(__file__, {**job, **index}, limits) for job in jobs]
 
 
@@ -236,18 +319,33 @@ def criteria_of(rows: list[Row], arguments: Any) -> list[Criterion]:
         for row in rows
         if row["measure"] == "approximate"
     ]
-    return approximate + [
-        criterion
-        for queries in arguments.queries
-        for criterion in (
-            Criterion(f"{name}: load, s", 1, measured(rows, "search", queries, "load_seconds")),
-            Criterion(
-                f"{name}, {queries:,} queries: peak MB of the process",
-                2000,
-                _bench.ratio(measured(rows, "search", queries, "peak_bytes"), 1e6),
-            ),
-        )
+    of_kind = {row["measure"]: row for row in rows}
+    add = of_kind["add"]
+    growing = [
+        Criterion(
+            f"{name}: add of {_ADDED:,} and save, s",
+            2,
+            add.get("add_seconds", math.nan) + add.get("save_seconds", math.nan),
+        ),
+        Criterion(f"{name}: MB written for them", 100, _bench.ratio(add.get("written_bytes"), 1e6)),
+        Criterion(f"{_KILLS} kills during add and save: lost", 0, of_kind["kills"].get("lost")),
     ]
+    return (
+        approximate
+        + growing
+        + [
+            criterion
+            for queries in arguments.queries
+            for criterion in (
+                Criterion(f"{name}: load, s", 1, measured(rows, "search", queries, "load_seconds")),
+                Criterion(
+                    f"{name}, {queries:,} queries: peak MB of the process",
+                    2000,
+                    _bench.ratio(measured(rows, "search", queries, "peak_bytes"), 1e6),
+                ),
+            )
+        ]
+    )
 
 
 def main() -> int:

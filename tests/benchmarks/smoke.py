@@ -20,6 +20,7 @@ LEFT_OUT = {"smoke"}
 TINY = {
     "alignment": "--caption-steps 1 --steps 1 --fit 24 --held-out 48 --batch-size 12",
     "breaking": "--tiny",
+    "embedding": "--images 1000 --width 16",
     "finetuner": "--only tiny --rounds 1 --batch 8 --contenders pairclip bare",
     "gpu": "--tiny",
     "hostile_images": "--mutations 44 --keep {folder}/hostile",
