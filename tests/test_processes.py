@@ -184,7 +184,7 @@ DISAGREEMENTS = {
     "images": "dataset.some images, preprocessed is",
     "fewer images": "dataset.images is 48 there and 64 here",
     "labels": "dataset.labels is",
-    "evaluation": "eval_dataset is",
+    "evaluation": "eval_dataset.labels is",
     "steps": "fit.max_steps is 3 there and 2 here",
     "micro-batches": "settings.micro_batch_size is 4 there and None here",
     "seed": "settings.seed is 1 there and 0 here",

@@ -36,6 +36,8 @@ def evaluate(
 ) -> Evaluation:
     """Embed a labelled dataset and say how well the embeddings keep its classes apart.
 
+    Under several processes each embeds a part, as `embed_images` says: let all of them call it.
+
     Args:
         tower: Embeds the images.
         queries: Any labelled dataset that `LabelledImages` takes.
@@ -58,6 +60,7 @@ def evaluate(
     Raises:
         ValueError: If an image can't be read, an embedding is not finite, no query has another
             image of its class to find, only one dataset has class names, or `exclude` doesn't fit.
+        RuntimeError: If another process failed, was ended or did not call it.
 
     Example:
         >>> import numpy as np

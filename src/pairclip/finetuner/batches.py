@@ -270,7 +270,7 @@ def _collate(items: list[tuple[Tensor, int, int]]) -> tuple[Tensor, Tensor, Tens
     """What a `DataLoader` makes of them, in memory of the host whatever the default device."""
     pixels, labels, numbers = zip(*items, strict=True)
     return (
-        default_collate(pixels),
+        default_collate([*pixels]),
         torch.tensor(labels, device="cpu"),
         torch.tensor(numbers, device="cpu"),
     )

@@ -95,6 +95,9 @@ class ImageIndex(ExactSearch):
     ) -> ImageIndex:
         """Embed a collection of images.
 
+        Under several processes each embeds a part, as `embed_images` says: let all of them call it,
+        and one of them `save`.
+
         Args:
             tower: Embeds, now and at each search by image.
             dataset: What `embed_images` takes: a labelled dataset, or images alone, such as a list
@@ -112,6 +115,7 @@ class ImageIndex(ExactSearch):
             ValueError: If there are no images, one can't be read, an embedding is not finite, or
                 `dtype` is another one.
             TypeError: If `dataset` is neither a dataset nor images.
+            RuntimeError: If another process failed, was ended or did not call it.
         """
         if dtype not in storage.DTYPES.values():
             raise ValueError(f"`dtype` must be torch.float16 or torch.float32, got {dtype}.")
@@ -208,6 +212,8 @@ class ImageIndex(ExactSearch):
     def add(self, images: Any, *, batch_size: int = 64, num_workers: int = 0) -> None:
         """Embed more images, and put them behind those that are there.
 
+        Under several processes all must call it, as `build`.
+
         Args:
             images: As for `build`, with labels if the index has them, and without if not. Classes
                 are joined by name; new ones come behind.
@@ -218,6 +224,7 @@ class ImageIndex(ExactSearch):
             ValueError: As for `build`; or if the index has no tower, its tower has changed, or only
                 one of index and images has labels or class names. The index is then as it was.
             TypeError: If `images` is neither a dataset nor images.
+            RuntimeError: As for `build`.
         """
         tower = self._searcher.checked_tower()
         data, labelled = images_of("images", images)
