@@ -55,6 +55,13 @@ def test_a_fit_beside_another_thread_is_refused_and_one_after_it_is_not() -> Non
     assert len(refused) == 1
 
 
+def test_a_tower_of_inference_alone_is_refused() -> None:
+    with torch.inference_mode():
+        tower = plain_tower()
+    with pytest.raises(ValueError, match=r"`tower` was made inside `torch.inference_mode\(\)`"):
+        Finetuner(tower, LOSS).fit(photos(), batch_size=6, max_steps=1)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_fit_within_a_mode_without_gradients_trains(mode: Any) -> None:
     expected = finetuner().fit(photos(), batch_size=6, max_steps=2)
@@ -89,7 +96,7 @@ def test_the_default_device_changes_nothing(tmp_path: Path) -> None:
         )
         index.save(tmp_path / "index")
         assert len(ImageIndex.load(tmp_path / "index").nearest_neighbors(rows, 2)[1]) == 12
-        Finetuner(tower, LOSS, callbacks=[WeightAverage(0.9)], micro_batch_size=2).fit(
+        Finetuner(tower, LOSS, callbacks=[WeightAverage(0.9)]).fit(
             images, batch_size=6, max_steps=2, eval_dataset=images, checkpoint_dir=tmp_path / "fit"
         )
         features = cache_features(trunk, images, tmp_path)

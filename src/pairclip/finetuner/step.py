@@ -64,6 +64,11 @@ class Trainer:
             self.modules["loss"] = loss.to(accelerator.device)
         if not any(parameter.requires_grad for parameter in self.tower.parameters()):
             raise ValueError("`tower` has no trainable parameter: all have requires_grad=False.")
+        if any(parameter.is_inference() for parameter in self.tower.parameters()):
+            raise ValueError(
+                "`tower` was made inside `torch.inference_mode()`, so its weights can't be trained. "
+                "Make it outside."
+            )
         trainable = trainable_parameters(self.modules)
         self._check_batch_norms()
         self.model = on_every_process(self.tower, list(self.modules.values())[1:], accelerator)
