@@ -511,7 +511,7 @@ def cached_features(folder: str) -> dict[str, Any]:
     class Failing:
         """Fails on the last process when an image is read for the third time."""
 
-        reads = 0
+        targets, reads = labels, 0
 
         def __len__(self) -> int:
             return len(pictures)

@@ -66,8 +66,8 @@ class Trainer:
             raise ValueError("`tower` has no trainable parameter: all have requires_grad=False.")
         if any(parameter.is_inference() for parameter in self.tower.parameters()):
             raise ValueError(
-                "`tower` was made inside `torch.inference_mode()`, so its weights can't be trained. "
-                "Make it outside."
+                "`tower` was made inside `torch.inference_mode()`, so its weights can't be "
+                "trained. Make it outside."
             )
         trainable = trainable_parameters(self.modules)
         self._check_batch_norms()
