@@ -84,7 +84,7 @@ class Segment:
             piece = slice(start, start + ROWS)
             if numbers is None or places is None:
                 rows, of_rows = self.rows[piece], lengths[piece]
-                yield rows, of_rows, torch.arange(start, start + len(rows))
+                yield rows, of_rows, torch.arange(start, start + len(rows), device="cpu")
                 self._release(piece)
             else:
                 yield self.rows[numbers[piece]], lengths[numbers[piece]], places[piece]
@@ -93,7 +93,7 @@ class Segment:
     def _all_lengths(self) -> Tensor:
         """Of each row, near 1: found once, as dividing the rows takes longer than a query."""
         if self._lengths is None:
-            self._lengths = torch.ones(len(self.rows))
+            self._lengths = torch.ones(len(self.rows), device="cpu")
             for start in range(0, len(self.rows), ROWS):
                 piece = slice(start, start + ROWS)
                 blocks = self.rows[piece].split(_BLOCK)
