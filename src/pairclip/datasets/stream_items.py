@@ -80,7 +80,8 @@ class Decoder(Dataset[Any]):
                 values = preprocess.batch(self._made(batch, lambda image: image))
             else:
                 values = list(self._made(batch, preprocess, seeded=True))
-        return torch.stack(values), torch.tensor([item.label for item in batch.items]), batch.place
+        labels = torch.tensor([item.label for item in batch.items], device="cpu")
+        return torch.stack(values), labels, batch.place
 
     def _made(
         self, batch: StreamBatch, make: Callable[[Any], Any], *, seeded: bool = False
