@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -23,7 +23,7 @@ from pairclip.finetuner.batches import ItemKey, TrainingItems
 from pairclip.finetuner.feeds import Feed
 from pairclip.finetuner.settings import Plan, Settings
 from pairclip.finetuner.step import Trainer
-from pairclip.towers import tower_of
+from pairclip.towers import VisionTower, tower_of
 from pairclip.towers.adapters import plain_name, without_wrapper
 
 _SAMPLED_ITEMS = 8
@@ -147,17 +147,17 @@ def statement_of(
         "batches per epoch": feed.steps_per_epoch,
         "settings": {name: _plain(value) for name, value in vars(settings).items()},
         "fit": {name: _plain(value) for name, value in vars(plan).items() if name != "num_workers"},
-        "eval_dataset": None if evaluated is None else _evaluated(evaluated, items.preprocess),
+        "eval_dataset": None if evaluated is None else _evaluated(evaluated, tower_of(tower)),
     }
 
 
-def _evaluated(images: LabelledImages, preprocess: Callable[[Any], Tensor]) -> dict[str, Any]:
+def _evaluated(images: LabelledImages, tower: VisionTower) -> dict[str, Any]:
     """What is the same in the same images to evaluate on; None for others each time."""
     chosen = [i * (len(images) - 1) // (_SAMPLED_ITEMS - 1) for i in range(_SAMPLED_ITEMS)]
 
     def digest() -> str:
         read = [images[i][0] for i in chosen]
-        values = read if images.of_features else [preprocess(image) for image in read]
+        values = read if images.of_features else [tower.preprocess(image) for image in read]
         return _digest({str(i): value for i, value in enumerate(values)})
 
     with random_state_kept():
