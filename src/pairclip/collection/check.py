@@ -103,9 +103,13 @@ class Check:
 
     def looks(self) -> str:
         """Sizes and modes in words."""
+        if not (sides := self.shorter_sides()):
+            return ""
+        least, median, largest = sides
+        words = f"{least:g} to {largest:g} pixels, {median:g} in the middle"
+        words = f"{least:g} pixels" if least == largest else words
         modes = ", ".join(f"{count:,} {mode}" for mode, count in self.modes().items())
-        sides = " to ".join(f"{side:g}" for side in dict.fromkeys(self.shorter_sides()))
-        return f"Shorter sides of {sides} pixels; modes: {modes}." if modes else ""
+        return f"Shorter sides of {words}; modes: {modes}."
 
     def to_dict(self) -> dict[str, Any]:
         """Counts and findings, as JSON takes them."""
@@ -140,8 +144,8 @@ class Check:
         for kind, findings in self.findings.items():
             lines += ["", f"{kind}: {len(findings):,}"]
             for finding in findings[:most]:
-                names = [self.items[place].name for place in finding.items[:4]]
-                lines.append(f"  {': '.join([finding.detail, *names])}")
+                names = ", ".join(self.items[place].name for place in finding.items[:4])
+                lines.append(f"  {finding.detail}" + f": {names}" * bool(names))
             if len(findings) > most:
                 lines.append(f"  and {len(findings) - most:,} more")
         return "\n".join(lines if self.findings else [*lines, "", "Nothing to look at."])

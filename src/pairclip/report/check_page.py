@@ -112,10 +112,10 @@ def _kind(title: str, findings: list[Finding], check: Check, thumbnails: Thumbna
 
 def _picture(check: Check, place: int, thumbnails: Thumbnails) -> Html:
     item = check.items[place]
+    if item.problem is not None:
+        return element("figure", element("figcaption", item.name))
     name = os.path.basename(item.name)
     caption = element("figcaption", element("span", name, class_="name", title=item.name))
-    if item.problem is not None:
-        return element("figure", caption)
     text = f"{item.class_name}: {item.name}"
     picture = thumbnails.show(place, check.image(place), text)
     where = item.class_name if len(check.parts) == 1 else f"{item.class_name}, {item.part}"
