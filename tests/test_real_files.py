@@ -6,6 +6,7 @@ floats, evaluations, names, relabelling, sizes, memory, and images that can't be
 are in test_tables.py, streams in test_streams.py, odd towers in test_tower_libraries.py.
 """
 
+import argparse
 import io
 import os
 import struct
@@ -44,6 +45,7 @@ from pairclip import (
     load_tower,
     newest_checkpoint,
 )
+from pairclip.command import data as command_data, tune
 from pairclip.datasets import as_rgb, image_files, join_classes
 from pairclip.embedding import Pixels
 from pairclip.finetuner.batches import ItemKey, TrainingItems
@@ -560,6 +562,33 @@ def test_parts_of_a_dataset_are_no_classes(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"has train and val, which are parts .*train'"):
             LabelledImages(dataset)
     assert LabelledImages(tmp_path / "val").class_names == ["ant"]
+
+
+@pytest.mark.parametrize("test_classes", [["ant", "bee"], ["cow", "dog"]])
+def test_the_command_uses_parts_and_says_so(tmp_path: Path, test_classes: list[str]) -> None:
+    """The classes of the two may be others, as those of CUB and SOP are."""
+    for part, classes in (("train", ["ant", "bee"]), ("val", test_classes), ("test", ["ant"])):
+        for name in classes:
+            (tmp_path / part / name).mkdir(parents=True)
+            for number in range(2):
+                F.save(tmp_path / part / name / f"{number}.png")
+    parser = argparse.ArgumentParser()
+    tune.add_arguments(parser)
+    args = parser.parse_args([str(tmp_path), "--output", str(tmp_path / "out")])
+    split = command_data.open_split("DATA", tmp_path, args)
+    assert split.said == "trained on train, evaluated on test; val is not used"
+    (tmp_path / "test").rename(tmp_path / "elsewhere")
+    split = command_data.open_split("DATA", tmp_path, args)
+    assert split.said == "trained on train, evaluated on val"
+    used = [LabelledImages(part) for part in (split.train, split.test)]
+    assert [part.class_names for part in used] == [["ant", "bee"], test_classes]
+    assert [part.labels.tolist() for part in used] == [[0, 0, 1, 1]] * 2
+    # Vehicles: of these two folders one is no part, but a class.
+    for name in ("bus", "train"):
+        (tmp_path / "vehicles" / name).mkdir(parents=True)
+        F.save(tmp_path / "vehicles" / name / "1.png")
+    (whole,) = command_data.open_parts("DATA", tmp_path / "vehicles", args).values()
+    assert whole.class_names == ["bus", "train"]
 
 
 def test_what_a_folder_has_besides_is_said(place: Path) -> None:

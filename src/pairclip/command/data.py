@@ -164,8 +164,12 @@ def _check(name: str, path: Path) -> None:
 
 
 def _parts(folder: Path) -> list[str]:
-    """Names of the splits that a folder has, train first."""
-    return [part for part in ("train", *_HELD_OUT) if (folder / part).is_dir()]
+    """Names of the splits that a folder has, train first; a class may have such a name, too."""
+    return [
+        part
+        for part in ("train", *_HELD_OUT)
+        if (folder / part).is_dir() and any(entry.is_dir() for entry in (folder / part).iterdir())
+    ]
 
 
 def _check_classes(name: str, folder: Path) -> None:
