@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pytorch_metric_learning.losses import ProxyAnchorLoss
 
 from pairclip import (
     AllPairsCosineLoss,
@@ -211,6 +212,21 @@ def test_a_comparison_trains_evaluates_and_goes_on_where_it_was_broken_off(
     assert again == outcome
     with pytest.raises(AssertionError, match="trained again"):  # of other images
         compare_recipes(tower, images(2), recipes, folder=tmp_path, others=images(1), **options)
+
+
+def test_kept_trials_are_of_the_very_loss(tmp_path: Path) -> None:
+    tower, options = random_tower(), {"folds": 1, "folder": tmp_path, "held_out_classes": 2}
+    nothing = [Recipe(name, lambda z, _: 0 * z.sum(), steps=1, **SMALL) for name in "ab"]
+    with pytest.raises(ValueError, match=r"'a' and 'b' have losses .* told apart, .*lambda"):
+        compare_recipes(tower, images(), nothing, **options)
+    recipes = [Recipe(name, ProxyAnchorLoss(6, 12), steps=1, **SMALL) for name in "ab"]
+    compare_recipes(tower, images(), recipes, **options)
+    notes = list(tmp_path.glob("trial-*.json"))
+    assert len(notes) == 2
+    for note in notes:
+        note.write_text("{}")
+    with pytest.raises(ValueError, match="is damaged: it holds no trial"):
+        compare_recipes(tower, images(), recipes, **options)
 
 
 def test_recipes_that_differ_in_their_blend_are_one_training(

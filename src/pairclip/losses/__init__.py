@@ -1,22 +1,22 @@
 """Losses on the cosine similarity of pairs of embeddings."""
 
 from pairclip.losses.all_pairs import (
-    AllPairsCosineLoss as AllPairsCosineLoss,
-    all_pairs_cosine_loss as all_pairs_cosine_loss,
+    AllPairsCosineLoss,
+    all_pairs_cosine_loss,
 )
-from pairclip.losses.forms import Negatives as Negatives
+from pairclip.losses.forms import Negatives
 from pairclip.losses.given_pairs import (
-    CosinePairLoss as CosinePairLoss,
-    Reduction as Reduction,
-    cosine_pair_loss as cosine_pair_loss,
-    on_pairs as on_pairs,
+    CosinePairLoss,
+    Reduction,
+    cosine_pair_loss,
+    on_pairs,
 )
-from pairclip.losses.preserving import PreservingLoss as PreservingLoss
+from pairclip.losses.preserving import PreservingLoss
 from pairclip.losses.targets import (
-    TargetSimilarityLoss as TargetSimilarityLoss,
-    hierarchy_targets as hierarchy_targets,
-    multi_label_targets as multi_label_targets,
-    target_similarity_loss as target_similarity_loss,
+    TargetSimilarityLoss,
+    hierarchy_targets,
+    multi_label_targets,
+    target_similarity_loss,
 )
 
 __all__ = [

@@ -75,14 +75,9 @@ def all_pairs_cosine_loss(
     labels = labels.to(rows.device)
 
     def compute(rows: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
+        margins = float(margin), float(positive_margin)
         return value_and_gradient(
-            rows,
-            labels,
-            negatives,
-            float(margin),
-            float(positive_margin),
-            positive_fraction,
-            wanted=wanted,
+            rows, labels, negatives, *margins, positive_fraction, wanted=wanted
         )
 
     with torch.autocast(rows.device.type, enabled=False):

@@ -1,7 +1,7 @@
 """What a pair of one class costs: ``1 - S``, or ``max(0, positive_margin - S)``.
 
-The former is a sum of class sums. The latter has no closed form: the rows of each class are
-compared in blocks, and the gradient is accumulated with the value.
+The former is a sum of class sums. The latter has no closed form: pairs are looked at in blocks of
+rows (`blocks`).
 
 Four items of one class by hand, with a positive margin of 0.7:
 
@@ -27,8 +27,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pairclip import _vectors
-from pairclip.losses.batch import Batch, Term, padded
+from pairclip.losses.batch import Batch, Term
+from pairclip.losses.blocks import over_pairs
 
 
 def cost(similarity: Tensor, positive_margin: float) -> Tensor:
@@ -40,19 +40,8 @@ def cost(similarity: Tensor, positive_margin: float) -> Tensor:
 
 def over_all_pairs(batch: Batch, positive_margin: float, weight: Tensor) -> Term:
     """Sum over the pairs of one class: in ``O(B D)`` for 1, else of all their similarities."""
-    if positive_margin == 1:
-        return _of_sums(batch, weight)
-    unit, gradient = batch.unit(), torch.zeros_like(batch.rows)
-    if _vectors.at_hand(batch.rows):
-        total = _by_class(batch, unit, positive_margin, gradient)
-    else:
-        total = _among_all(batch, unit, positive_margin, gradient)
-    if not batch.wanted:
-        return Term(total)
-    return Term(total, of_rows=gradient.mul_(-weight.to(unit.dtype)))
-
-
-def _of_sums(batch: Batch, weight: Tensor) -> Term:
+    if positive_margin != 1:
+        return over_pairs(batch, positive_margin, weight, same=True)
     counts = batch.classes.counts
     # Unit rows are so up to rounding: a class of one would add its rounding, and has no pair.
     squared_rows = torch.zeros_like(batch.squared_sums).index_add_(
@@ -61,52 +50,3 @@ def _of_sums(batch: Batch, weight: Tensor) -> Term:
     similarity = ((batch.squared_sums - squared_rows) * (counts > 1)).sum() / 2
     total = (counts * (counts - 1)).sum() // 2 - similarity
     return Term(total, of_classes=-weight * batch.sums if batch.wanted else None)
-
-
-def _by_class(batch: Batch, unit: Tensor, margin: float, gradient: Tensor) -> Tensor:
-    """Sum of the costs, class by class; the gradient is added up in `gradient`."""
-    classes, width = batch.classes, max(1, unit.shape[1])
-    total = unit.new_zeros((), dtype=torch.float64)
-    counts, starts = classes.counts.tolist(), classes.starts.tolist()
-    for start, count in zip(starts, counts, strict=True):
-        if count < width:
-            continue
-        members = classes.order[start : start + count]
-        rows, of_rows = unit[members], torch.zeros_like(unit[members])
-        for first in range(0, count, width):
-            left, right = rows[first : first + width], rows[first:]
-            too_far = (margin - left @ right.T).clamp_min_(0)
-            too_far[:, : len(left)].triu_(1)
-            total += too_far.sum(dtype=torch.float64)
-            if batch.wanted:
-                active = too_far.sign_()
-                of_rows[first : first + width] += active @ right
-                of_rows[first:].addmm_(active.T, left)
-        gradient[members] = of_rows
-    for table in padded(classes, width):
-        present = table >= 0
-        rows = unit[table]
-        too_far = (margin - rows @ rows.mT).clamp_min_(0)
-        too_far.masked_fill_(~(present[:, :, None] & present[:, None]), 0)
-        too_far.diagonal(dim1=1, dim2=2).fill_(0)
-        total += too_far.sum(dtype=torch.float64) / 2
-        if batch.wanted:
-            gradient[table[present]] = (too_far.sign_() @ rows)[present]
-    return total
-
-
-def _among_all(batch: Batch, unit: Tensor, margin: float, gradient: Tensor) -> Tensor:
-    """The same without reading how large the classes are, which would wait for the device."""
-    ids, size = batch.classes.ids, max(1, unit.shape[1])
-    total = unit.new_zeros((), dtype=torch.float64)
-    for start in range(0, len(unit), size):
-        left, right = unit[start : start + size], unit[start:]
-        too_far = (margin - left @ right.T).clamp_min_(0)
-        too_far.masked_fill_(ids[start : start + size, None] != ids[start:], 0)
-        too_far[:, : len(left)].triu_(1)
-        total += too_far.sum(dtype=torch.float64)
-        if batch.wanted:
-            active = too_far.sign_()
-            gradient[start : start + size] += active @ right
-            gradient[start:].addmm_(active.T, left)
-    return total

@@ -20,7 +20,7 @@ from pairclip.recipes.folds import divide
 from pairclip.recipes.halving import order, rungs
 from pairclip.recipes.recipe import Recipe, default_recipes
 from pairclip.recipes.training import images_to_keep
-from pairclip.recipes.trials import FloatArray, Material, Scores, Trials
+from pairclip.recipes.trials import FloatArray, Material, Scores, Trials, settings_of
 from pairclip.towers import VisionTower, tower_of
 
 _KEEP_SHARE = 0.25
@@ -69,7 +69,8 @@ def compare_recipes(
             `others`.
         images_per_class: Images of a class that are evaluated at most.
         folder: Where done trainings are noted, so that a comparison that was broken off goes on
-            from there; made if it is missing. None keeps nothing.
+            from there; made if it is missing. None keeps nothing. A loss with weights of its own
+            must start with the same ones then: call ``torch.manual_seed`` before it is made.
         cache_trunk: Whether recipes that train the last blocks alone have what comes before them
             computed once, by `cache_features` into `folder`. The images must then be the same
             each time that they are read.
@@ -116,6 +117,8 @@ def compare_recipes(
         raise ValueError("`cache_trunk` needs a `folder` for the features.")
     data = LabelledImages(dataset)
     recipes = _recipes(_defaults(tower, len(data), keep) if recipes is None else recipes)
+    if folder is not None:
+        _check_told_apart(recipes)
     rounds = rungs([recipe.steps for recipe in recipes], folds=folds, budget=budget)
     trials = Trials(
         Material(
@@ -176,6 +179,19 @@ def _recipes(recipes: Sequence[Recipe]) -> list[Recipe]:
     if twice:
         raise ValueError(f"`recipes` must have different names, got {twice} more than once.")
     return recipes
+
+
+def _check_told_apart(recipes: Sequence[Recipe]) -> None:
+    """Raise if one recipe would be given the trials of another that are kept."""
+    seen: dict[str, Recipe] = {}
+    for recipe in recipes:
+        other = seen.setdefault(settings_of(recipe), recipe)
+        if other.loss is not recipe.loss:
+            raise ValueError(
+                f"`recipes` {other.name!r} and {recipe.name!r} have losses that can't be told "
+                f"apart, {recipe.to_dict()['loss']}, so with a `folder` one would get the trials "
+                "of the other. Give the functions names of their own, or leave `folder` out."
+            )
 
 
 def _round(

@@ -39,6 +39,11 @@ class RecipeResult:
     elsewhere: dict[str, dict[str, Change]]
 
     @property
+    def _changes(self) -> list[Change]:
+        """Of each metric on what was trained on, and then elsewhere."""
+        return [of[name] for of in (self.trained, *self.elsewhere.values()) for name in METRICS]
+
+    @property
     def gain(self) -> Change:
         """Change of mean average precision on the classes trained on."""
         return self.trained["mean_average_precision"]
@@ -110,28 +115,21 @@ falls by 0.250, more than the limit of 0.01.
 
     def to_markdown(self) -> str:
         """A table with the verdict below it; a change whose interval leaves out 0 is in bold."""
-        places = list(self.results[0].elsewhere)
+        first = self.results[0]
         columns = [
-            f"{where}, {title}" for where in ["trained", *places] for title in METRICS.values()
+            f"{place}, {title}"
+            for place in (TRAINED, *first.elsewhere)
+            for title in METRICS.values()
         ]
+        before = [f"{change.before:.3f}" for change in first._changes]
         lines = [
             f"| recipe | steps | {' | '.join(columns)} |",
             "|---|---:|" + "---:|" * len(columns),
+            f"| untouched | 0 | {' | '.join(before)} |",
         ]
-        first = self.results[0]
-        before = [
-            f"{of[metric].before:.3f}"
-            for of in [first.trained, *first.elsewhere.values()]
-            for metric in METRICS
-        ]
-        lines.append(f"| untouched | 0 | {' | '.join(before)} |")
         for result in self.results:
-            cells = [
-                _cell(of[metric])
-                for of in [result.trained, *result.elsewhere.values()]
-                for metric in METRICS
-            ]
-            lines.append(f"| {result.recipe.name} | {result.steps} | {' | '.join(cells)} |")
+            cells = " | ".join(map(_cell, result._changes))
+            lines.append(f"| {result.recipe.name} | {result.steps} | {cells} |")
         return "\n".join([*lines, "", self.verdict])
 
     def to_dict(self) -> dict[str, Any]:

@@ -82,7 +82,8 @@ def imprint(
             f"{embedded.shape[1]}. Make {type(owner).__name__} with embedding_size="
             f"{embedded.shape[1]}."
         )
-    centres = _centres_of(owner)
+    # Those of a class follow each other.
+    centres = int(getattr(owner, "centers_per_class", getattr(owner, "sub_centers", 1)))
     num_classes = num_proxies // centres
     if len(labels) and int(labels.max()) >= num_classes:
         raise ValueError(
@@ -120,11 +121,6 @@ def _weight_of(loss: nn.Module) -> tuple[nn.Module, nn.Parameter, bool]:
             f"pytorch-metric-learning calls them, got {several} in {type(loss).__name__}."
         )
     return found[0]
-
-
-def _centres_of(owner: nn.Module) -> int:
-    """Proxies of each class, which follow each other."""
-    return int(getattr(owner, "centers_per_class", getattr(owner, "sub_centers", 1)))
 
 
 def _directions(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from torch import nn
 from torch.utils.data import Subset
 
 from pairclip._files import bytes_of, plain, read_json, write_json
@@ -43,10 +44,20 @@ class Material:
     keep: LabelledImages | None
 
 
+def settings_of(recipe: Recipe) -> str:
+    """All of a recipe but its name and steps; of a loss with weights, what these start as."""
+    digest = hashlib.sha256()
+    if isinstance(recipe.loss, nn.Module):
+        for name, value in recipe.loss.state_dict().items():
+            digest.update(name.encode() + bytes_of(value))
+    return json.dumps(recipe.to_dict() | {"name": None, "steps": None}) + digest.hexdigest()
+
+
+@dataclass
 class Trials:
     """What all trials share, and where those that are done are kept.
 
-    Args:
+    Attributes:
         whole: The untouched tower; the images to train on and to hold out, others that no trial
             trains on, and unlabelled ones for recipes that take some.
         folds: Of the images to train on.
@@ -54,30 +65,22 @@ class Trials:
         cache_trunk: Whether recipes that train the last blocks alone compute the others once.
         seed: Of the trainings; each fold adds its number.
         num_workers: Processes that load images.
-
-    Attributes:
         untouched: Scores of the untouched tower in each fold.
     """
 
-    def __init__(
-        self,
-        whole: Material,
-        *,
-        folds: Sequence[Fold],
-        folder: Path | None,
-        cache_trunk: bool,
-        seed: int,
-        num_workers: int,
-    ) -> None:
-        self.whole = whole
-        self.folds = folds
-        self.folder = folder
-        self.cache_trunk = cache_trunk
-        self.seed = seed
-        self.num_workers = num_workers
+    whole: Material
+    folds: Sequence[Fold]
+    folder: Path | None
+    cache_trunk: bool
+    seed: int
+    num_workers: int
+
+    def __post_init__(self) -> None:
         self._heads: dict[int, Material] = {}
-        self._shared = self._identity() if folder is not None else ""
-        self.untouched = [self._scores(whole, whole.tower, fold) for fold in range(len(folds))]
+        self._shared = self._identity() if self.folder is not None else ""
+        self.untouched = [
+            self._scores(self.whole, self.whole.tower, fold) for fold in range(len(self.folds))
+        ]
 
     def run(self, recipes: Sequence[Recipe], fold: int, steps: int) -> list[Scores]:
         """Scores of recipes that differ in name and blend alone, and so share one training."""
@@ -112,9 +115,9 @@ class Trials:
     def _material(self, recipe: Recipe) -> Material:
         """What a recipe trains: where the trunk is computed once, the head on its features."""
         blocks, whole = recipe.train_blocks, self.whole
-        if not self.cache_trunk or self.folder is None or recipe.lora_rank is not None:
+        if blocks is None or recipe.lora_rank is not None:
             return whole
-        if blocks is None:
+        if not self.cache_trunk or self.folder is None:
             return whole
         if blocks not in self._heads:
             trunk, head = whole.tower.split(blocks)
@@ -164,9 +167,8 @@ class Trials:
         return digest.hexdigest()
 
     def _path(self, folder: Path, recipe: Recipe, fold: int, steps: int) -> Path:
-        settings = json.dumps({**recipe.to_dict(), "name": None, "steps": steps, "fold": fold})
-        key = hashlib.sha256(f"{self._shared} {settings}".encode()).hexdigest()
-        return folder / f"trial-{key[:32]}.json"
+        key = f"{self._shared} {settings_of(recipe)} {fold} {steps}"
+        return folder / f"trial-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
     def _read(self, recipe: Recipe, fold: int, steps: int) -> Scores | None:
         if self.folder is None:
@@ -175,10 +177,15 @@ class Trials:
         if not path.exists():
             return None
         read = read_json(path)
-        return {
-            place: {metric: np.array(values, float) for metric, values in of_place.items()}
-            for place, of_place in read["scores"].items()
-        }
+        try:
+            return {
+                place: {metric: np.array(values, float) for metric, values in of_place.items()}
+                for place, of_place in read["scores"].items()
+            }
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"'{path}' is damaged: it holds no trial. Delete it, and it is made again."
+            ) from error
 
     def _write(self, scores: Scores, recipe: Recipe, fold: int, steps: int) -> None:
         if self.folder is None:

@@ -6,15 +6,12 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
-from pairclip import _checks
 from pairclip._randomness import SamplerStream, sampler_generator
-from pairclip.samplers.decks import Decks, deal, group
-from pairclip.samplers.epoch import EpochSampler, num_batches_of
+from pairclip.samplers.decks import Decks
+from pairclip.samplers.p_by_k import PByKSampler
 
 
-class ClassBalancedSampler(EpochSampler):
+class ClassBalancedSampler(PByKSampler):
     """Batches of K items of each of P classes, for losses over all pairs of a batch.
 
     Every batch holds exactly ``samples_per_class`` distinct items of each of
@@ -55,15 +52,8 @@ class ClassBalancedSampler(EpochSampler):
         num_batches: int | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(seed)
-        self._groups = group(labels)
-        _checks.check_positive_int("classes_per_batch", classes_per_batch)
-        _checks.check_positive_int("samples_per_class", samples_per_class)
-        self.classes_per_batch = int(classes_per_batch)
-        self.samples_per_class = int(samples_per_class)
-        self._num_batches = num_batches_of(num_batches, len(self._groups.order), self.batch_size)
-        counts = self._groups.counts
-        self._classes = np.flatnonzero(counts >= samples_per_class)
+        super().__init__(labels, classes_per_batch, samples_per_class, num_batches, seed)
+        counts = self._by_class.counts
         left_out = len(counts) - len(self._classes)
         if len(self._classes) < classes_per_batch:
             raise ValueError(
@@ -79,24 +69,11 @@ class ClassBalancedSampler(EpochSampler):
                 stacklevel=2,
             )
 
-    @property
-    def batch_size(self) -> int:
-        """Items in each batch, P * K."""
-        return self.classes_per_batch * self.samples_per_class
-
-    def __len__(self) -> int:
-        """Batches of a whole epoch."""
-        return self._num_batches
-
     def _epoch_batches(self, epoch: int, first: int) -> Iterator[list[int]]:
         rng = sampler_generator(SamplerStream.ANCHORS, self._seed, epoch)
-        per_batch = np.full(self._num_batches, self.classes_per_batch, np.int64)
-        dealt_before = epoch * int(per_batch.sum())
-        drawn = deal(self._classes, per_batch, rng, seed=self._seed, dealt_before=dealt_before)
-        decks = Decks(self._groups, rng)
-        for number, classes in enumerate(drawn.reshape(len(per_batch), -1).tolist()):
-            batch: list[int] = []
-            for of_class in classes:
-                batch += decks.draw(of_class, self.samples_per_class).tolist()
+        drawn = self._deal_classes(self._classes, len(self), epoch * len(self), rng)
+        decks = Decks(self._by_class, rng)
+        for number, classes in enumerate(drawn):
+            batch = self._draw(decks, classes)
             if number >= first:
                 yield batch

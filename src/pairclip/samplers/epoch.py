@@ -16,9 +16,15 @@ class EpochSampler(ABC):
         self._epoch = 0
         self._batch = 0
 
-    @abstractmethod
+    def _set_num_batches(self, asked: int | None, num_items: int, per_batch: int) -> None:
+        """Batches of an epoch: as many as were asked for, or as cover all items."""
+        if asked is not None:
+            _checks.check_positive_int("num_batches", asked)
+        self._num_batches = -(-num_items // per_batch) if asked is None else int(asked)
+
     def __len__(self) -> int:
         """Batches of a whole epoch."""
+        return self._num_batches
 
     @abstractmethod
     def _epoch_batches(self, epoch: int, first: int) -> Iterator[list[int]]:
@@ -69,11 +75,3 @@ class EpochSampler(ABC):
             )
         self._seed = seed
         self._move_to(epoch, batch)
-
-
-def num_batches_of(num_batches: int | None, num_items: int, per_batch: int) -> int:
-    """Batches of an epoch: as many as were asked for, or as cover all items."""
-    if num_batches is None:
-        return -(-num_items // per_batch)
-    _checks.check_positive_int("num_batches", num_batches)
-    return int(num_batches)

@@ -11,10 +11,10 @@ import numpy as np
 from pairclip import _checks
 from pairclip._randomness import SamplerStream, sampler_generator
 from pairclip.samplers.decks import Decks, Indices, deal, dealt_of_each, group
-from pairclip.samplers.epoch import EpochSampler, num_batches_of
+from pairclip.samplers.p_by_k import PByKSampler
 
 
-class GroupSampler(EpochSampler):
+class GroupSampler(PByKSampler):
     """Batches of K items of each of P classes within a group: negatives that are alike.
 
     A group is what makes images of different classes alike: a superclass, a domain, a shop. Every
@@ -68,22 +68,16 @@ class GroupSampler(EpochSampler):
         num_batches: int | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(seed)
-        self._by_class = group(labels)
+        super().__init__(labels, classes_per_batch, samples_per_class, num_batches, seed)
         num_items = len(self._by_class.order)
         group_of = _group_array(groups, num_items)
-        _checks.check_positive_int("classes_per_batch", classes_per_batch)
-        _checks.check_positive_int("samples_per_class", samples_per_class)
         _checks.check_number("mixed", mixed)
         if not 0 <= mixed < 1:
             raise ValueError(
                 f"`mixed` must be in [0, 1), got {mixed}. If all batches are of all groups, use "
                 "`ClassBalancedSampler`."
             )
-        self.classes_per_batch = int(classes_per_batch)
-        self.samples_per_class = int(samples_per_class)
         self.mixed = float(mixed)
-        self._num_batches = num_batches_of(num_batches, num_items, self.batch_size)
         self._num_mixed = int(mixed * self._num_batches + 0.5)
         if self._num_mixed == self._num_batches:
             raise ValueError(
@@ -100,7 +94,6 @@ class GroupSampler(EpochSampler):
             cells[of_group == number]
             for number in np.flatnonzero(np.bincount(of_group) >= classes_per_batch)
         ]
-        self._classes = np.flatnonzero(self._by_class.counts >= samples_per_class)
         num_groups = int(group_of.max()) + 1
         if not self._cells:
             raise ValueError(
@@ -117,15 +110,6 @@ class GroupSampler(EpochSampler):
                 f"others, {items} items are left out of the batches of one group.",
                 stacklevel=2,
             )
-
-    @property
-    def batch_size(self) -> int:
-        """Items in each batch, P * K."""
-        return self.classes_per_batch * self.samples_per_class
-
-    def __len__(self) -> int:
-        """Batches of a whole epoch."""
-        return self._num_batches
 
     def _epoch_batches(self, epoch: int, first: int) -> Iterator[list[int]]:
         rng = sampler_generator(SamplerStream.ANCHORS, self._seed, epoch)
@@ -156,20 +140,9 @@ class GroupSampler(EpochSampler):
         for number, from_all in enumerate(is_mixed.tolist()):
             chosen = next(of_all) if from_all else next(of_groups[next(next_turn)])
             decks = by_class if from_all else by_cell
-            batch: list[int] = []
-            for of_class in chosen:
-                batch += decks.draw(of_class, self.samples_per_class).tolist()
+            batch = self._draw(decks, chosen)
             if number >= first:
                 yield batch
-
-    def _deal_classes(
-        self, classes: Indices, batches: int, batches_before: int, rng: np.random.Generator
-    ) -> Iterator[list[int]]:
-        """P distinct ones of the classes for each batch."""
-        per_batch = np.full(batches, self.classes_per_batch, np.int64)
-        before = batches_before * self.classes_per_batch
-        drawn = deal(classes, per_batch, rng, seed=self._seed, dealt_before=before)
-        return iter(drawn.reshape(batches, self.classes_per_batch).tolist())
 
 
 def _group_array(groups: Any, num_items: int) -> Indices:

@@ -12,7 +12,7 @@ import numpy as np
 from pairclip import _checks
 from pairclip._randomness import SamplerStream, sampler_generator
 from pairclip.samplers.decks import Indices, deal, group
-from pairclip.samplers.epoch import EpochSampler, num_batches_of
+from pairclip.samplers.epoch import EpochSampler
 
 # Pairs whose partners are drawn at once: enough for NumPy's speed, little memory.
 _PAIRS_AT_ONCE = 1 << 16
@@ -85,7 +85,7 @@ class PairSampler(EpochSampler):
         self.class_balanced = class_balanced
         self._matching = int(positive_fraction * pairs_per_batch + 0.5)
         num_items = len(self._groups.order)
-        self._num_batches = num_batches_of(num_batches, num_items, self.pairs_per_batch)
+        self._set_num_batches(num_batches, num_items, self.pairs_per_batch)
 
         self._alone_classes = np.flatnonzero(self._groups.counts == 1)
         self._paired_classes = np.flatnonzero(self._groups.counts > 1)
@@ -97,10 +97,6 @@ class PairSampler(EpochSampler):
     def batch_size(self) -> int:
         """Images in each batch, two per pair."""
         return 2 * self.pairs_per_batch
-
-    def __len__(self) -> int:
-        """Batches of a whole epoch."""
-        return self._num_batches
 
     @staticmethod
     def split(batch: Any) -> tuple[Any, Any]:
