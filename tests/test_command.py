@@ -168,7 +168,12 @@ def test_evaluate_alone_and_against_another_tower(
     assert run("evaluate", model, folder) == 0
     assert "| Recall at 1 | " in capsys.readouterr().out
     output = tmp_path / "out"
-    assert run("evaluate", model, folder, "--against", model, "--output", output, "--json") == 0
+    (folder / "ant" / "broken.png").write_bytes(b"no image")
+    against = ("--against", model, "--output", output, "--json")
+    assert run("evaluate", model, folder, *against) == 1
+    (folder / "ant" / "broken.png").unlink()
+    capsys.readouterr()
+    assert run("evaluate", model, folder, *against) == 0  # nothing is there that could be lost
     metrics = json.loads(capsys.readouterr().out)
     assert metrics["before"]["recall_at_1"] == metrics["after"]["recall_at_1"]
     assert "Two towers compared" in (output / "report.html").read_text()

@@ -38,7 +38,8 @@ def open_run(
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output '{folder}' is a file. Give a folder for the results.")
-    there = [name for name in (RUN, *results) if (folder / name).exists()]
+    # run.json alone is of a run that failed before it wrote anything.
+    there = [name for name in results if (folder / name).exists()]
     resume = getattr(args, "resume", False)
     if there and not (args.overwrite or resume):
         more = "" if not hasattr(args, "resume") else ", or --resume to continue that run"
