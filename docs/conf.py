@@ -161,20 +161,28 @@ def resolve(
         return None
     python = env.domains["py"]
     target = ALIASES.get(node["reftarget"], node["reftarget"])
-    # pairclip.towers.vision_tower.VisionTower.freeze is documented as pairclip.VisionTower.freeze.
     parts = target.removeprefix("pairclip.").split(".")
-    for name in (f"pairclip.{'.'.join(parts[i:])}" for i in range(len(parts))):
+    names = [f"pairclip.{'.'.join(parts[i:])}" for i in range(len(parts))]
+    # pairclip.towers.vision_tower.VisionTower.freeze is documented as pairclip.VisionTower.freeze;
+    # `suspect_labels`, which is not at the top, as pairclip.evaluation.suspect_labels.
+    if not target.startswith("pairclip."):
+        rooms = sorted({name.split(".")[1] for name in python.objects if name.count(".") == 2})
+        names = [names[0], *(f"pairclip.{room}.{target}" for room in rooms)]
+    for name in names:
         if name in python.objects:
             return python.resolve_xref(
                 env, node["refdoc"], app.builder, "obj", name, node, contnode
             )
-        if not target.startswith("pairclip."):
-            break
     node["reftarget"], node["reftype"] = target, "obj"
     there = intersphinx.missing_reference(app, env, node, contnode)
     if there is None and target in app.config.pairclip_parameters:
         return contnode
     return there
+
+
+def skip_fields(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> Any:
+    """Leave out the fields of a named tuple: its docstring has them already."""
+    return True if type(obj).__name__ == "_tuplegetter" else None
 
 
 def only_in_html(app: Sphinx) -> None:
@@ -238,5 +246,6 @@ def setup(app: Sphinx) -> None:
     app.add_config_value("pairclip_parameters", frozenset(parameters()), "env")
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math_block, None))
     app.connect("builder-inited", only_in_html, priority=1)
+    app.connect("autodoc-skip-member", skip_fields)
     app.connect("missing-reference", resolve)
     app.connect("build-finished", check_pages)
