@@ -58,6 +58,8 @@ nitpick_ignore = {
         "Precision",
         "Reduction",
         "Schedule",
+        "Stored",
+        "pairclip.datasets.stream_items.StreamPlace",
         "pairclip.finetuner.batches.BatchSampler",
         "pairclip.index.faiss.Searchable",
         "pairclip.recipes.imprinting._Loss",
@@ -129,6 +131,8 @@ torch.manual_seed(0)
 ALIASES = {
     "Accelerator": "accelerate.Accelerator",
     "accelerate.accelerator.Accelerator": "accelerate.Accelerator",
+    "AutoModel": "transformers.AutoModel",
+    "CLIPVisionModelWithProjection": "transformers.CLIPVisionModelWithProjection",
     "ConcatDataset": "torch.utils.data.ConcatDataset",
     "DataLoader": "torch.utils.data.DataLoader",
     "Figure": "matplotlib.figure.Figure",
@@ -140,6 +144,7 @@ ALIASES = {
     "nn.Module": "torch.nn.Module",
     "npt.NDArray": "numpy.typing.NDArray",
     "torch.nn.modules.module.Module": "torch.nn.Module",
+    "torch.utils.data.dataloader.DataLoader": "torch.utils.data.DataLoader",
 }
 
 
