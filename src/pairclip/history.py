@@ -23,7 +23,8 @@ class History:
         skipped_steps: Steps left out because a float16 gradient overflowed.
         stop_reason: Why a callback ended the fit early, or None.
         unreadable: One record per image that ``LabelledImages(..., on_error="skip")`` left out:
-            ``argument`` of `fit` that it is of, ``index``, ``path`` (or None) and ``reason``.
+            the ``argument`` of `Finetuner.fit` that it is of, ``index``, ``path`` (or None) and
+            ``reason``.
 
     Example:
         >>> from pairclip import History

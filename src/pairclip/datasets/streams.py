@@ -32,9 +32,9 @@ class StreamBatches:
     twice; those of classes that don't get K together, and those in the buffer when the stream ends
     and fewer than P classes have K, are left out and counted in one warning.
 
-    The stream is read in the main process, so it must not divide its items among workers; with
-    `load`, workers decode them. Under several processes each of them reads it whole and trains on
-    its slice of each batch.
+    The main process alone reads the stream, and workers decode, so the batches are the same for any
+    number of them. Under several processes each reads all of it and trains on its slice of each
+    batch.
 
     Args:
         stream: Iterated once an epoch: a streaming Hugging Face dataset, a WebDataset, any

@@ -184,8 +184,9 @@ class Finetuner:
 
         Args:
             dataset: Any labelled dataset that `LabelledImages` takes, or cached features. Or a
-                stream as `StreamBatches`, whose epoch is one pass; it needs `max_steps`, and
-                `eval_every` and `checkpoint_every` where something is evaluated or saved.
+                stream as `pairclip.datasets.StreamBatches`, whose epoch is one pass; it needs
+                `max_steps`, and `eval_every` and `checkpoint_every` where something is evaluated
+                or saved.
             sampler: A batch sampler over `dataset`; `fit` sets its epoch, from 0. By default a
                 `PairSampler` for a loss that takes pairs, and for other losses a
                 `ClassBalancedSampler`, or a `PairSampler` where the classes don't allow that.
