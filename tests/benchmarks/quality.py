@@ -76,7 +76,7 @@ def of_all_seeds(
             break
         by_rate[beyond] = run(args, tower, data, method, beyond, args.seeds[0])
     others = [run(args, tower, data, method, best, seed) for seed in args.seeds[1:]]
-    return [by_rate[best] | {"rates": sorted(by_rate)}, *others]
+    return [by_rate[best] | {"by_rate": by_rate}, *others]
 
 
 def parse() -> argparse.Namespace:
@@ -296,7 +296,7 @@ def table(rows: dict[str, list[dict[str, Any]]], blends: list[float]) -> str:
     for method, results in rows.items():
         rates = ", ".join(
             f"**{rate:g}**" if rate == results[0]["rate"] else f"{rate:g}"
-            for rate in results[0].get("rates", [])
+            for rate in sorted(results[0].get("by_rate", []))
         )
         for blend in blends if rates else [1.0]:
             cells = []
@@ -318,30 +318,32 @@ def draw(rows: dict[str, list[dict[str, Any]]], blends: list[float], path: Path)
     figure, every = plt.subplots(
         1, len(elsewhere), figsize=(1.5 + 5.5 * len(elsewhere), 6), sharey=True, squeeze=False
     )
+
+    def points(results: list[dict[str, Any]], place: str) -> list[list[float]]:
+        """Mean changes elsewhere, and on the trained classes, from no blend to the tuned tower."""
+        return [
+            [0.0]
+            + [
+                float(np.mean(values(results, blend, of, MAP))) - untouched[of][MAP]
+                for blend in sorted(blends)
+            ]
+            for of in (place, "trained")
+        ]
+
     for place, axes in zip(elsewhere, every[0], strict=True):
         axes.axvline(0, color="0.8")
         axes.axhline(0, color="0.8")
         for number, (method, results) in enumerate(list(rows.items())[1:]):
-            line = [
-                [0]
-                + [
-                    np.mean(values(results, blend, of, MAP)) - untouched[of][MAP]
-                    for blend in sorted(blends)
-                ]
-                for of in (place, "trained")
-            ]
             peer = method.startswith("PML")
-            axes.plot(
-                *line,
-                marker="x" if peer else "o",
-                linestyle=":" if peer else "-",
-                color=plt.get_cmap("tab20")(number % 20),
-                label=method,
-            )
+            style = {"marker": "x" if peer else "o", "color": plt.get_cmap("tab20")(number % 20)}
+            line = points(results, place)
+            axes.plot(*line, linestyle=":" if peer else "-", label=method, **style)
+            for result in results[0]["by_rate"].values():
+                axes.plot(*points([result], place), linestyle="", alpha=0.35, markersize=4, **style)
         axes.plot(0, 0, "ks", label="untouched")
         axes.set_xlabel(f"change of mAP on {PLACES[place]}")
     every[0][0].set_ylabel("change of mAP on held-out images of the trained classes")
-    figure.suptitle("From the untouched tower over blends to what was trained")
+    figure.suptitle("From the untouched tower over blends to what was trained; pale: other rates")
     every[0][-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
