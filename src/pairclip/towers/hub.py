@@ -73,8 +73,10 @@ def folder_of(
             "model of transformers, open_clip or timm."
         )
     if weights is None:
+        where = "neither on its main branch nor in a pull request of the conversion bot"
+        where = where if revision is None else f"at the revision {revision!r}"
         raise FileNotFoundError(
-            f"`source` '{source}' has no safetensors on the hub, {_where(revision)}. Its pickled "
+            f"`source` '{source}' has no safetensors on the hub, {where}. Its pickled "
             "weights can run code and are never loaded. If you trust them, load the model in its "
             "library, write safetensors with `save_pretrained(folder)`, and give that folder."
         )
@@ -145,12 +147,6 @@ def _conversion(name: str) -> str | None:
         if _CONVERTED in discussion.title.lower() and discussion.git_reference:
             return str(discussion.git_reference)
     return None
-
-
-def _where(revision: str | None) -> str:
-    if revision is not None:
-        return f"at the revision {revision!r}"
-    return "neither on its main branch nor in a pull request of the conversion bot"
 
 
 def _reason(error: Any) -> str:

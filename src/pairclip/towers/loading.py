@@ -31,7 +31,7 @@ from pairclip.towers.plain import PlainTower
 from pairclip.towers.saving import check_files
 from pairclip.towers.siglip import SiglipTower
 from pairclip.towers.timm_tower import TimmTower
-from pairclip.towers.transformers_tower import TransformersTower, quiet, unsupported
+from pairclip.towers.transformers_tower import TransformersTower, check_takes_images, quiet
 from pairclip.towers.vision_tower import VisionTower
 
 # Of the models of transformers, those that say more than their class does.
@@ -153,12 +153,7 @@ def _check_config(path: Path, image_size: int | None = None) -> tuple[str, ...]:
         needs("timm", "timm")
         return ()
     model_type = config.get("model_type")
-    own = _model_class(config)
-    takes_images = own is not None and (
-        getattr(own, "main_input_name", "") == "pixel_values" or hasattr(own, "get_image_features")
-    )
-    if not takes_images or str(model_type).startswith("siglip2"):
-        raise ValueError(unsupported(f"'{path.parent}'", model_type))
+    check_takes_images(_model_class(config), f"'{path.parent}'", model_type)
     patch_size = config.get("vision_config", config).get("patch_size")
     if image_size is not None and isinstance(patch_size, int):
         resizing.check_image_size(image_size, patch_size)
@@ -227,14 +222,14 @@ def _read_model(folder: Path, family: type[TransformersTower]) -> Any:
         config = _model_class(content).config_class.from_pretrained(folder)
     if not hub.has_weights(folder):
         raise FileNotFoundError(_without_weights(folder))
-    variant = ranges.VARIANT if (folder / ranges.PART).is_file() else None
+    whole = (folder / ranges.WHOLE).is_file() or not (folder / ranges.PART).is_file()
     try:
         model, report = family.vision_class(config).from_pretrained(
             folder,
             config=family.vision_config(config),
             dtype=torch.float32,
             use_safetensors=True,
-            variant=None if (folder / ranges.WHOLE).is_file() else variant,
+            variant=None if whole else ranges.VARIANT,
             output_loading_info=True,
         )
     except (OSError, RuntimeError, SafetensorError) as error:

@@ -52,6 +52,13 @@ def measure(
     return embeddings.shape[1], shape[-1]
 
 
+def first_output(model: nn.Module, pixel_values: Tensor) -> Tensor:
+    """What a model gives, or the first of several things."""
+    output = model(pixel_values)
+    embeddings: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return embeddings
+
+
 def _described(value: object) -> str:
     if isinstance(value, Tensor):
         return f"{value.dtype} {list(value.shape)}"

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from pairclip._files import MappedTensors, write_tensors
 from pairclip.towers import adapters
 from pairclip.towers.hub import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS
-from pairclip.towers.measuring import measure
+from pairclip.towers.measuring import first_output
 from pairclip.towers.open_clip_config import config_of
 from pairclip.towers.optional import needs
-from pairclip.towers.preprocess import Preprocess
 from pairclip.towers.resizing import check_image_size, resampled
 from pairclip.towers.vision_tower import VisionTower
 
@@ -31,6 +30,7 @@ class OpenClipTower(VisionTower):
     The text tower and the tokenizer of the folder that it was loaded from are saved with it.
     """
 
+    _encode = staticmethod(first_output)
     whole: tuple[nn.Module, ...] = ()  # the model that it is a part of; in a tuple, to own nothing
 
     @staticmethod
@@ -47,20 +47,12 @@ class OpenClipTower(VisionTower):
         visual: Any = _visual(source)
         if image_size is not None:
             _resize(visual, image_size)
-        if transform is None:
-            transform = _transform(visual)
-        preprocess = Preprocess(transform)
-        embedding_dim, size = measure(visual, preprocess, cls._encode)
-        tower = cls(visual, preprocess, embedding_dim=embedding_dim, image_size=size)
+        tower: OpenClipTower = cls._around(
+            visual, _transform(visual) if transform is None else transform
+        )
         if visual is not source:
             tower.whole = (source,)
         return tower
-
-    @staticmethod
-    def _encode(model: nn.Module, pixel_values: Tensor) -> Tensor:
-        output = model(pixel_values)
-        embeddings: Tensor = output[0] if isinstance(output, (tuple, list)) else output
-        return embeddings
 
     def _write(self, folder: Path) -> None:
         """The whole model with other image weights; of a folder that it came from, all else."""

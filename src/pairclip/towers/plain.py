@@ -6,8 +6,6 @@ from typing import Any
 
 from torch import nn
 
-from pairclip.towers.measuring import measure
-from pairclip.towers.preprocess import Preprocess
 from pairclip.towers.vision_tower import VisionTower
 
 
@@ -29,6 +27,5 @@ class PlainTower(VisionTower):
                 f"`image_size` {image_size} would be ignored: pairclip doesn't know how a "
                 f"{name} changes size. Resize in its preprocess."
             )
-        preprocess = Preprocess(transform)
-        embedding_dim, size = measure(module, preprocess, cls._encode)
-        return cls(module, preprocess, embedding_dim=embedding_dim, image_size=size)
+        tower: PlainTower = cls._around(module, transform)
+        return tower

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
 from pairclip._files import write_tensors
 from pairclip.towers import adapters
 from pairclip.towers.hub import CONFIG
-from pairclip.towers.measuring import measure
+from pairclip.towers.measuring import first_output
 from pairclip.towers.optional import needs
-from pairclip.towers.preprocess import Preprocess
 from pairclip.towers.ranges import WHOLE
 from pairclip.towers.vision_tower import VisionTower
 
@@ -22,6 +21,7 @@ class TimmTower(VisionTower):
     """Embeds with what a model of timm gives without its classifier."""
 
     data_config: dict[str, Any]
+    _encode = staticmethod(first_output)
 
     @staticmethod
     def takes(source: nn.Module) -> bool:
@@ -49,17 +49,9 @@ class TimmTower(VisionTower):
         data_config = resolve_data_config({"input_size": size} if size else {}, model=source)
         if transform is None:
             transform = create_transform(**data_config, is_training=False)
-        preprocess = Preprocess(transform)
-        embedding_dim, side = measure(source, preprocess, cls._encode)
-        tower = cls(source, preprocess, embedding_dim=embedding_dim, image_size=side)
+        tower: TimmTower = cls._around(source, transform)
         tower.data_config = data_config
         return tower
-
-    @staticmethod
-    def _encode(model: nn.Module, pixel_values: Tensor) -> Tensor:
-        output = model(pixel_values)
-        embeddings: Tensor = output[0] if isinstance(output, (tuple, list)) else output
-        return embeddings
 
     def _write(self, folder: Path) -> None:
         from timm.models._hub import save_config_for_hf

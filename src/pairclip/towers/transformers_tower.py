@@ -18,7 +18,6 @@ from transformers import MODEL_MAPPING, AutoModel, ImageProcessingMixin
 from transformers.utils import logging
 
 from pairclip.towers import resizing, sentence_transformers
-from pairclip.towers.measuring import measure
 from pairclip.towers.modes import evaluating
 from pairclip.towers.preprocess import Preprocess, at_size, grey_image
 from pairclip.towers.vision_tower import VisionTower
@@ -68,7 +67,7 @@ class TransformersTower(VisionTower):
         cls, model: Any, image_processor: Any, *, image_size: int | None
     ) -> TransformersTower:
         """Wrap a model, changed in place to run at `image_size`."""
-        _check_takes_images(model)
+        check_takes_images(model, type(model).__name__, model.config.model_type)
         config = getattr(model.config, "vision_config", model.config)
         own_size: Any = getattr(config, "image_size", None)
         size: Any = own_size if image_size is None else image_size
@@ -104,9 +103,8 @@ class TransformersTower(VisionTower):
 
     @classmethod
     def _of(cls, model: Any, image_processor: Any) -> TransformersTower:
-        part, preprocess = cls._image_part(model), Preprocess(image_processor)
-        embedding_dim, size = measure(part, preprocess, cls._encode)
-        tower = cls(part, preprocess, embedding_dim=embedding_dim, image_size=size)
+        part = cls._image_part(model)
+        tower: TransformersTower = cls._around(part, image_processor)
         if part is not model:
             tower.whole = (model,)
         return tower
@@ -173,28 +171,30 @@ class TransformersTower(VisionTower):
         sentence_transformers.describe(self, folder)
 
 
-def _check_takes_images(model: Any) -> None:
-    if getattr(model, "main_input_name", "") != "pixel_values" and not hasattr(
-        model, "get_image_features"
-    ):
-        raise ValueError(unsupported(type(model).__name__, model.config.model_type))
-    if model.config.model_type.startswith("siglip2"):
-        raise ValueError(unsupported(type(model).__name__, model.config.model_type))
+def check_takes_images(kind: Any, name: str, model_type: str | None) -> None:
+    """Refuse what is no image tower.
 
+    Args:
+        kind: A model or its class, or None where this version knows none.
+        name: What it is called in the error.
+        model_type: As configurations say it.
 
-def unsupported(name: str, model_type: str | None) -> str:
-    """Why a model is no image tower, and what to do."""
+    Raises:
+        ValueError: With what to do instead.
+    """
     message = f"`source` {name} is of model type {model_type!r}, "
     if str(model_type).startswith("siglip2"):
-        return message + (
-            "SigLIP 2 with native aspect ratio (NaFlex), which is not supported: use a checkpoint "
-            "of fixed resolution, such as 'google/siglip2-base-patch16-224'."
+        raise ValueError(
+            f"{message}SigLIP 2 with native aspect ratio (NaFlex), which is not supported: use a "
+            "checkpoint of fixed resolution, such as 'google/siglip2-base-patch16-224'."
         )
-    return message + (
-        "which this version of transformers does not know as a model of images. Towers are loaded "
-        "from CLIP, SigLIP, DINOv2, ViT and the like. Wrap another model in a module of its own "
-        "and pass `image_processor`."
-    )
+    is_of_images = getattr(kind, "main_input_name", "") == "pixel_values"
+    if kind is None or not (is_of_images or hasattr(kind, "get_image_features")):
+        raise ValueError(
+            f"{message}which this version of transformers does not know as a model of images. "
+            "Towers are loaded from CLIP, SigLIP, DINOv2, ViT and the like. Wrap another model in "
+            "a module of its own and pass `image_processor`."
+        )
 
 
 @contextmanager

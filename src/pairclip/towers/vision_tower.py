@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pairclip.towers import adapters, freezing
+from pairclip.towers.measuring import measure
 from pairclip.towers.modes import evaluating
+from pairclip.towers.preprocess import Preprocess
 from pairclip.towers.splitting import Section, split
 from pairclip.towers.stored import Stored
 
@@ -54,6 +56,13 @@ class VisionTower(Stored):
         super().__init__(model, image_size)
         self.preprocess = preprocess
         self.embedding_dim = embedding_dim
+
+    @classmethod
+    def _around(cls, model: nn.Module, transform: Any) -> Any:
+        """A tower of this class around a model, measured by running it."""
+        preprocess = Preprocess(transform)
+        embedding_dim, image_size = measure(model, preprocess, cls._encode)
+        return cls(model, preprocess, embedding_dim=embedding_dim, image_size=image_size)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Encode ``[B, 3, H, W]``, as `preprocess` makes them, into ``[B, D]``."""
