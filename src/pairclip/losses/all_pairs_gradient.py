@@ -42,20 +42,20 @@ def value_and_gradient(
     if len(rows) < 2:
         return rows.new_zeros(()), torch.zeros_like(rows) if wanted else None
     batch = Batch(rows, labels, wanted=wanted)
-    counts = batch.classes.counts
-    same_pairs = (counts * (counts - 1)).sum() // 2
     all_pairs = len(rows) * (len(rows) - 1) // 2
     if positive_fraction is None:
         same_weight = different_weight = torch.full_like(batch.squared_sums[0], 1 / all_pairs)
     else:
-        same_weight = _weight(positive_fraction, same_pairs)
-        different_weight = _weight(1 - positive_fraction, all_pairs - same_pairs)
+        same_weight = _weight(positive_fraction, batch.same_pairs)
+        different_weight = _weight(1 - positive_fraction, all_pairs - batch.same_pairs)
 
-    same = attraction.over_all_pairs(batch, positive_margin, same_weight)
-    different = FORMS[negatives].over_all_pairs(batch, margin, different_weight)
-    value = same_weight * same.total + different_weight * different.total
+    terms = [
+        attraction.over_all_pairs(batch, positive_margin, same_weight),
+        FORMS[negatives].over_all_pairs(batch, margin, different_weight),
+    ]
+    value = same_weight * terms[0].total + different_weight * terms[1].total
     value = value.to(rows.dtype)
-    return value, batch.gradient_of_destroyed(same, different) if wanted else None
+    return value, batch.gradient_of_destroyed(terms) if wanted else None
 
 
 def _weight(fraction: float, pairs: Tensor) -> Tensor:

@@ -42,11 +42,10 @@ def over_all_pairs(batch: Batch, positive_margin: float, weight: Tensor) -> Term
     """Sum over the pairs of one class: in ``O(B D)`` for 1, else of all their similarities."""
     if positive_margin != 1:
         return over_pairs(batch, positive_margin, weight, same=True)
-    counts = batch.classes.counts
     # Unit rows are so up to rounding: a class of one would add its rounding, and has no pair.
     squared_rows = torch.zeros_like(batch.squared_sums).index_add_(
         0, batch.classes.ids, batch.nonzero.double()
     )
-    similarity = ((batch.squared_sums - squared_rows) * (counts > 1)).sum() / 2
-    total = (counts * (counts - 1)).sum() // 2 - similarity
+    similarity = ((batch.squared_sums - squared_rows) * (batch.classes.counts > 1)).sum()
+    total = batch.same_pairs - similarity / 2
     return Term(total, of_classes=-weight * batch.sums if batch.wanted else None)

@@ -38,5 +38,5 @@ def over_all_pairs(batch: Batch, margin: float, weight: Tensor) -> Term:
     total = batch.sums.sum(dim=0)
     return Term(
         (total.square().sum() - batch.squared_sums.sum()) / 2,
-        of_classes=weight * (total - batch.sums) if batch.wanted else None,
+        of_classes=(total - batch.sums).mul_(weight) if batch.wanted else None,
     )
