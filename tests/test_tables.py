@@ -234,7 +234,8 @@ def test_what_is_in_a_box_is_the_image(tmp_path: Path, kind: str) -> None:
     for index, box in ((0, (3, 1, 10, 19)), (1, (0, 0, 30, 20)), (2, (0, 15, 5, 20))):
         assert data[index][0].tobytes() == dataset[index][0].tobytes()
         assert data[index][0].tobytes() == image.crop(box).tobytes()
-    assert len({data.source.identity(index) for index in range(4)}) == 4  # of one file
+    for opened in (data, LabelledImages(Subset(dataset, [0, 1, 2, 3]))):
+        assert len({opened.source.identity(index) for index in range(4)}) == 4  # of one file
     with pytest.raises(ValueError, match=r"Image 3 .*its box, x_1 40, .* has nothing of the image"):
         data[3]
 

@@ -52,7 +52,40 @@ def source_of(dataset: Any) -> Source:
     return next(kind for kind in KINDS if kind.takes(dataset))(dataset)
 
 
-class View(Source):
+class Composed(Source):
+    """Items of other sources; where each is, `place` says."""
+
+    def place(self, index: int) -> tuple[Source, int]:
+        """The source that an item is of, and its index there."""
+        raise NotImplementedError
+
+    def image(self, index: int) -> Any:
+        """That of the item."""
+        source, index = self.place(index)
+        return source.image(index)
+
+    def check_label(self, index: int) -> None:
+        """That of the item."""
+        source, index = self.place(index)
+        source.check_label(index)
+
+    def path(self, index: int) -> str | None:
+        """That of the item."""
+        source, index = self.place(index)
+        return source.path(index)
+
+    def held(self, index: int) -> Any:
+        """That of the item."""
+        source, index = self.place(index)
+        return source.held(index)
+
+    def identity(self, index: int) -> bytes | None:
+        """That of the item."""
+        source, index = self.place(index)
+        return source.identity(index)
+
+
+class View(Composed):
     """Some items of another dataset.
 
     Args:
@@ -78,26 +111,14 @@ class View(Source):
         self.unreadable = whole.unreadable
         self.system = None if whole.system is None else whole.system[self._indices]
 
-    def image(self, index: int) -> Any:
-        """That of the whole."""
-        return self._whole.image(int(self._indices[index]))
-
-    def check_label(self, index: int) -> None:
-        """That of the whole."""
-        self._whole.check_label(int(self._indices[index]))
-
-    def path(self, index: int) -> str | None:
-        """That of the whole."""
-        return self._whole.path(int(self._indices[index]))
+    def place(self, index: int) -> tuple[Source, int]:
+        """In the whole."""
+        return self._whole, int(self._indices[index])
 
     def column(self, name: str) -> Sequence[Any] | None:
         """That of the whole, at the items."""
         values = self._whole.column(name)
         return None if values is None else [values[index] for index in self._indices.tolist()]
-
-    def held(self, index: int) -> Any:
-        """That of the whole."""
-        return self._whole.held(int(self._indices[index]))
 
 
 def _subset(dataset: Subset[Any]) -> View:
@@ -115,7 +136,7 @@ def _refuse_pair(what: str) -> None:
     )
 
 
-class JoinedSource(Source):
+class JoinedSource(Composed):
     """Datasets one after the other, their classes joined by name."""
 
     def __init__(self, dataset: ConcatDataset[Any]) -> None:
@@ -143,24 +164,10 @@ class JoinedSource(Source):
                 ]
             )
 
-    def _place(self, index: int) -> tuple[Source, int]:
+    def place(self, index: int) -> tuple[Source, int]:
+        """In the part that it is in."""
         part = int(np.searchsorted(self._ends, index, side="right"))
         return self._parts[part], index - int(self._ends[part - 1] if part else 0)
-
-    def image(self, index: int) -> Any:
-        """That of the part that it is in."""
-        part, index = self._place(index)
-        return part.image(index)
-
-    def check_label(self, index: int) -> None:
-        """That of the part that it is in."""
-        part, index = self._place(index)
-        part.check_label(index)
-
-    def path(self, index: int) -> str | None:
-        """That of the part that it is in."""
-        part, index = self._place(index)
-        return part.path(index)
 
     def column(self, name: str) -> Sequence[Any] | None:
         """Those of the parts, if all have it."""
@@ -168,8 +175,3 @@ class JoinedSource(Source):
         if any(values is None for values in columns):
             return None
         return [value for values in columns for value in values or ()]
-
-    def held(self, index: int) -> Any:
-        """That of the part that it is in."""
-        part, index = self._place(index)
-        return part.held(index)
