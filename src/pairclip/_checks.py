@@ -42,8 +42,10 @@ def check_finite(name: str, embeddings: Tensor, *, first_row: int | None = None)
     A block of the rows of `name` says with `first_row` where it starts.
     """
     # One NaN or infinity makes the sum non-finite, and a sum needs no mask of the same size;
-    # a finite tensor whose sum overflows only takes the slower look below.
-    if embeddings.numel() == 0 or math.isfinite(embeddings.sum(dtype=torch.float64).item()):
+    # a finite tensor whose sum overflows only takes the slower look below. In pieces: on the CPU
+    # a sum in float64 makes a copy first.
+    sums = (piece.sum(dtype=torch.float64).item() for piece in embeddings.split(8192))
+    if embeddings.numel() == 0 or all(map(math.isfinite, sums)):
         return
     bad = ~torch.isfinite(embeddings).all(dim=1)
     count = int(bad.sum())
