@@ -59,7 +59,9 @@ def as_rgb(
     if isinstance(image, Image.Image):
         if type(image) is Image.Image and not image.info and image.mode in ("RGB", "L"):
             check_size(*image.size)  # in memory, and with nothing else to tell
-            return image if image.mode == "RGB" and not copy else image.convert("RGB")
+            if image.mode == "L":
+                return image.convert("RGB")
+            return image.copy() if copy else image  # faster than to convert it
         return _as_seen(image, say, copy=copy)
     array = _channels_last(image)
     if not array.size:
