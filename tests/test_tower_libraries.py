@@ -36,7 +36,7 @@ from pairclip import (
     write_report,
 )
 from pairclip.checkpoints import trained_tensors
-from pairclip.towers import layer_decay, model_card, random_tower, whole_model
+from pairclip.towers import export, layer_decay, model_card, random_tower, whole_model
 from pairclip.towers.preprocess import at_size
 
 VIT = {
@@ -372,6 +372,17 @@ def test_an_exported_tower_computes_the_same(dtype: torch.dtype, tmp_path: Path)
         tower.export_onnx(tmp_path / "tower.bin")
     with pytest.raises(ValueError, match=r"`dtype` must be torch\.float32 or torch\.float16"):
         tower.export_onnx(tmp_path / "tower.onnx", dtype=torch.bfloat16)
+
+
+def test_a_half_that_onnxruntime_crashes_on_is_refused_with_words(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    with pytest.raises(NotImplementedError, match=r"onnxruntime .* can't open a Some in float16"):
+        export.check_opens(b"no graph", "Some")
+    tower = load_tower(open_clip_folder(tmp_path / "model"))
+    # onnxruntime 1.32 ends with a segmentation fault where it optimizes this graph.
+    with contextlib.suppress(NotImplementedError):
+        tower.export_onnx(tmp_path / "half.onnx", dtype=torch.float16)
+        export.check_opens((tmp_path / "half.onnx").read_bytes(), "CLIP")
 
 
 def test_revisions_are_of_ids_alone(tmp_path: Path) -> None:

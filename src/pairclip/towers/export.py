@@ -6,6 +6,8 @@ import contextlib
 import copy
 import io
 import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +31,11 @@ if TYPE_CHECKING:
 
 _DTYPES = {torch.float32: 1e-4, torch.float16: 2e-2}  # how far embeddings may be apart
 _OPSET = 18
+_PROVIDERS = ["CPUExecutionProvider"]
+_OPEN = f"""
+import sys, onnxruntime
+onnxruntime.InferenceSession(sys.stdin.buffer.read(), providers={_PROVIDERS})
+"""
 
 
 class _Encoder(nn.Module):
@@ -63,6 +70,8 @@ def export_onnx(
         like = next(tower.parameters())
         expected = tower(pixels.to(like.device, like.dtype)).float().cpu()
     content = _graph(tower, pixels, dtype)
+    if dtype == torch.float16:
+        check_opens(content, type(tower.model).__name__)
     embeddings = _run(content, pixels)
     apart = float((embeddings - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
     if not apart <= _DTYPES[dtype]:
@@ -144,11 +153,23 @@ def _words(tower: Stored) -> Iterator[None]:
         ) from error
 
 
+def check_opens(content: bytes, model: str) -> None:
+    """Raise if onnxruntime crashes, as its optimizer does with some models in half precision."""
+    done = subprocess.run([sys.executable, "-c", _OPEN], input=content, capture_output=True)
+    if done.returncode:
+        import onnxruntime
+
+        raise NotImplementedError(
+            f"onnxruntime {onnxruntime.__version__} can't open a {model} in float16 (exit status "
+            f"{done.returncode}), so no file was written. Export in torch.float32."
+        )
+
+
 def _run(content: bytes, pixels: Tensor) -> Tensor:
     """Embeddings by onnxruntime: of all images at once, and of one, which a fixed batch refuses."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(content, providers=_PROVIDERS)
     values = pixels.float().numpy()
     session.run(None, {"pixel_values": values[:1]})
     return torch.from_numpy(session.run(None, {"pixel_values": values})[0])

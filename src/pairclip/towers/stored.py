@@ -120,6 +120,8 @@ class Stored(Body):
         Raises:
             ValueError: If the embeddings differ by more than 1e-4 of the largest value (2e-2 in
                 float16): nothing is written then.
+            NotImplementedError: If the model can't be traced, or onnxruntime can't open what came
+                of it in float16.
             ImportError: If onnx or onnxruntime is not installed.
         """
         return export_onnx(self, path, images=images, dtype=dtype)
