@@ -106,6 +106,8 @@ def load_tower(
     if isinstance(source, (str, os.PathLike)):
         check = partial(_check_config, image_size=image_size)
         folder = hub.folder_of(source, revision=revision, check=check)
+        if not (folder / hub.CONFIG).is_file():
+            check_files(folder)  # of ours it is missing, and is not for another library to find
         folder = sentence_transformers.folder_of_model(folder)
         kind, model, processor = _read(folder, processor)
         tower = kind.from_model(model, processor, image_size=image_size)
