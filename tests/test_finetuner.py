@@ -5,6 +5,7 @@ import json
 import math
 import random
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,7 +31,6 @@ from pairclip import (
     VisionTower,
     all_pairs_cosine_loss,
     cosine_pair_loss,
-    embedding,
     evaluate,
     load_tower,
     on_pairs,
@@ -232,7 +232,8 @@ def test_evaluations_load_in_workers_too(
         loaders.append(options)
         return pixel_batches(pixels, **options)
 
-    monkeypatch.setattr(embedding, "pixel_batches", seen)
+    module = import_module("pairclip.embedding.embed")  # its function has the same name
+    monkeypatch.setattr(module, "pixel_batches", seen)
     where = {"checkpoint_dir": tmp_path} if saves else {}
     Finetuner(tower, SQUARED).fit(
         images, batch_size=12, max_steps=1, eval_dataset=images, num_workers=1, **where
