@@ -230,13 +230,14 @@ def test_a_plain_tower_has_no_blocks(capsys) -> None:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["clip", "bare clip"])
-def test_the_last_block_of_a_head_computes_the_class_token_alone_and_trains_as_the_whole(
-    kind: str, attention: str
+@pytest.mark.parametrize("part", ["tower", "head"])
+def test_the_last_block_computes_the_class_token_alone_and_trains_as_the_whole(
+    kind: str, attention: str, part: str
 ) -> None:
     tower = new_tower(kind).double().train()
     tower.model.config._attn_implementation = attention
     trunk, head = tower.split(2)
-    expected = tower(pixels().double())
+    expected = tower._encode(tower.model, pixels().double())
     weights = torch.randn(expected.shape, dtype=torch.float64)
     (expected * weights).sum().backward()
     gradients = {name: p.grad for name, p in head.named_parameters()}
@@ -249,7 +250,7 @@ def test_the_last_block_of_a_head_computes_the_class_token_alone_and_trains_as_t
             return super().forward(hidden_states)
 
     last.mlp.__class__ = Watched
-    embeddings = head(trunk(pixels().double()))
+    embeddings = tower(pixels().double()) if part == "tower" else head(trunk(pixels().double()))
     (embeddings * weights).sum().backward()
     assert seen == [(6, 1, 32)]
     tolerance = 1e-12 if attention == "sdpa" else 1e-6  # eager attention is float32 inside
@@ -307,6 +308,21 @@ def test_a_last_block_that_is_watched_or_changed_runs_as_it_is(reason: str) -> N
     assert seen == [reason]
 
 
+@pytest.mark.parametrize("watched", ["model", "vision model", "encoder", "last block"])
+def test_who_watches_a_tower_sees_all_tokens(watched: str) -> None:
+    tower, seen = new_tower("clip"), []
+    expected, vision = tower(pixels()), tower.model.vision_model
+    parts = {"model": tower.model, "vision model": vision, "encoder": vision.encoder}
+    part = parts.get(watched, tower.blocks[-1])
+    part.register_forward_hook(lambda *call: seen.append(call))
+    assert_close(tower(pixels()), expected, rtol=0, atol=1e-5)
+    ((module, _, output),) = seen
+    assert module is part
+    states = output if isinstance(output, Tensor) else output[0]
+    states = getattr(output, "last_hidden_state", states)
+    assert states.shape == (6, 5, 32)
+
+
 @torch.no_grad()  # with gradients, torch warns of its own
 @pytest.mark.parametrize("compiled", ["tower", "model", "block", "returned"])
 def test_what_is_compiled_runs_as_it_is(compiled: str) -> None:
@@ -353,8 +369,8 @@ def test_head_after_trunk_is_the_tower_bit_for_bit(kind: str, k: int) -> None:
     features = trunk(pixels())
     assert features.shape == (6, 5 if kind != "siglip" else 4, 32)
     assert not features.requires_grad
-    # A CLIP head computes the class token alone in its last block.
-    tolerance = 0 if k == 0 or kind == "siglip" else 1e-6
+    # The last block of CLIP computes the class token alone, but in a trunk.
+    tolerance = 0 if k > 0 or kind == "siglip" else 1e-6
     assert_close(head(features), tower(pixels()), rtol=tolerance, atol=tolerance)
     assert_close(head(features.double()), tower(pixels()), rtol=tolerance, atol=tolerance)
     assert (trunk.embedding_dim, trunk.image_size) == (32, 16)

@@ -1,4 +1,4 @@
-"""The last block of a CLIP head for the class token alone, all that an embedding needs of it."""
+"""The last block of CLIP for the class token alone, all that an embedding needs of it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,23 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import CLIPVisionModel, CLIPVisionModelWithProjection
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
 
-from pairclip.towers.views import Stand
+from pairclip.towers.anatomy import Anatomy
+from pairclip.towers.views import Stand, swapped
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def shortened(model: Any, anatomy: Anatomy) -> Any:
+    """The model whose last block stands for its class token alone; itself where that isn't enough.
+
+    Not where one of the modules around the blocks is patched, watched by hooks or compiled, either.
+    """
+    row, name = model.get_submodule(anatomy.parent)._modules, anatomy.names[-1]
+    path = anatomy.parent.split(".")
+    around = [model.get_submodule(".".join(path[:depth])) for depth in range(len(path) + 1)]
+    if not is_enough(model, row[name]) or any(map(_is_changed, around)):
+        return model
+    return swapped(model, anatomy.parent, {name: ClassToken(row[name], anatomy.extras)})
 
 
 def is_enough(model: nn.Module, last: Any) -> bool:

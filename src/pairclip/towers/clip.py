@@ -1,7 +1,10 @@
 """CLIP: `CLIPModel` and its image tower with or without projection."""
 
+from contextlib import suppress
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import (
     CLIPImageProcessor,
     CLIPModel,
@@ -9,6 +12,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from pairclip.towers import class_token
 from pairclip.towers.contrastive import ContrastiveTower
 
 
@@ -18,6 +22,14 @@ class CLIPTower(ContrastiveTower):
     family = "CLIP"
     model_types = ("clip", "clip_vision_model")
     whole_class = CLIPModel
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Encode ``[B, 3, H, W]``, as `preprocess` makes them, into ``[B, D]``."""
+        model: Any = self.model
+        if not torch.compiler.is_compiling() and model is self._bare():
+            with suppress(NotImplementedError):  # blocks that somebody changed
+                model = class_token.shortened(model, self._anatomy())
+        return self._encode(model, pixel_values)
 
     @classmethod
     def vision_class(cls, config: Any) -> Any:
