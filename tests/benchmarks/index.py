@@ -116,7 +116,8 @@ def measure(job: Row) -> Row:
 
     from pairclip.index import ImageIndex
 
-    torch.set_num_threads(job["threads"])
+    # A fork of a process whose threads have worked hangs.
+    torch.set_num_threads(1 if job["measure"] == "kills" else job["threads"])
     if job["measure"] == "add":
         return measure_add(job)
     if job["measure"] == "kills":
