@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -306,6 +307,15 @@ def test_a_last_block_that_is_watched_or_changed_runs_as_it_is(reason: str) -> N
     assert_close(embeddings, expected, rtol=0, atol=1e-5)
     embeddings.sum().backward()
     assert seen == [reason]
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_the_parts_are_the_same_in_whatever_mode_they_were_looked_for(mode: Any) -> None:
+    tower, other = new_tower("clip"), new_tower("clip")
+    with mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        tower(pixels())
+    assert tower._anatomy() == other._anatomy()
+    assert len(other._projection()) == len(tower._projection()) == 1
 
 
 @pytest.mark.parametrize("watched", ["model", "vision model", "encoder", "last block"])

@@ -48,9 +48,11 @@ class Body(nn.Module):
         model = self._bare()
         known: Anatomy | None = self.__dict__.get("_known")
         if known is None or not known.fits(model):
-            plain = adapters.merged(model)
-            with evaluating(plain):
-                known = examine(plain, self._encode, self._grey(2))
+            # What a gradient reaches is asked, in whatever mode the tower is at this moment.
+            with torch.inference_mode(False), torch.autocast(_device(model), enabled=False):
+                plain = adapters.merged(model)
+                with evaluating(plain):
+                    known = examine(plain, self._encode, self._grey(2))
             self._known = known
         return known
 
@@ -79,3 +81,7 @@ class Body(nn.Module):
     def _projection(self) -> list[nn.Parameter]:
         """Parameters of the linear map that comes last, or a ValueError that says what does."""
         return self._anatomy().projections(self._bare())
+
+
+def _device(model: nn.Module) -> str:
+    return next((parameter.device.type for parameter in model.parameters()), "cpu")
