@@ -106,12 +106,9 @@ def load_tower(
     if isinstance(source, (str, os.PathLike)):
         check = partial(_check_config, image_size=image_size)
         folder = hub.folder_of(source, revision=revision, check=check)
-        if not (folder / hub.CONFIG).is_file():
-            check_files(folder)  # of ours it is missing, and is not for another library to find
-        folder = sentence_transformers.folder_of_model(folder)
         kind, model, processor = _read(folder, processor)
         tower = kind.from_model(model, processor, image_size=image_size)
-        tower.origin = folder.absolute()
+        tower.origin = sentence_transformers.folder_of_model(folder).absolute()
     elif not isinstance(source, nn.Module):
         raise TypeError(
             "`source` must be a Hugging Face id, a folder or a torch.nn.Module, got "
@@ -194,7 +191,8 @@ def _state_of(folder: Path) -> list[tuple[str, int, int]]:
 
 def _read_once(folder: Path, processor: Any) -> tuple[Any, Any, Any]:
     """Kind of tower, model, and the image processor that was given or else saved, or None."""
-    check_files(folder)
+    check_files(folder)  # first: what is damaged is not for another library to find
+    folder = sentence_transformers.folder_of_model(folder)
     config = folder / hub.CONFIG
     content = read_json(config) if config.is_file() else {}
     if "model_type" not in content:
