@@ -99,6 +99,10 @@ def test_the_result_goes_where_it_is_wanted(tower, images, tmp_path) -> None:
     ("out", "error", "message"),
     [
         ([0.0], TypeError, "`out` must be a tensor or an array that can be written to, got list"),
+        (np.broadcast_to(np.float32(0), (48, 12)), TypeError, "can be written to, got ndarray"),
+        (np.zeros((48, 12), ">f4"), ValueError, "`out` can't be shared with PyTorch: .*byte order"),
+        (np.zeros((48, 12), np.float32)[::-1], ValueError, "`out` can't be shared with PyTorch"),
+        (np.zeros((48, 12), np.float16), ValueError, "`out` must be float32 on the CPU"),
         (torch.zeros(48, 12).double(), ValueError, "`out` must be float32 on the CPU"),
         (torch.zeros(47, 12), ValueError, r"row for each of the 48 images, got shape \[47, 12\]"),
         (torch.zeros(12, 48).T, ValueError, "`out` must be contiguous"),

@@ -274,8 +274,8 @@ def test_what_processes_cannot_divide_is_refused_on_each(run: Run) -> None:
 
 
 def test_processes_embed_together_and_all_get_the_whole(run: Run) -> None:
-    counts = (1, 7, 50)
-    results = run("embeddings", 2, counts=counts)
+    counts = (1, 2, 7, 50)
+    results = run("embeddings", 3, counts=counts)
     tower, generator = small.new_tower(), np.random.default_rng(0)
     pictures = generator.integers(0, 256, (50, 16, 16, 3), dtype=np.uint8)
     for result in results:
@@ -285,10 +285,13 @@ def test_processes_embed_together_and_all_get_the_whole(run: Run) -> None:
         assert torch.equal(result["index"], results[0]["index"])
         assert len(result["index"]) == 50
         assert "`images` must be the same on all processes, got " in result["other"]
+        assert "got 6 numbers on process 0 and 5 numbers on process 2" in result["size"]
     assert results[1]["match"] == 2
-    failed = r"ValueError: Image 5 \(missing.png\) can't be read"
-    assert re.match(failed, results[1]["missing"])
-    assert re.match(r"RuntimeError: Process 1 failed: Image 5", results[0]["missing"])
+    assert re.match(r"ValueError: Image 5 \(missing.png\) can't be read", results[2]["missing"])
+    assert results[2]["place"].startswith("TypeError: `out` must be a tensor or an array")
+    for result in results[:2]:
+        assert re.match(r"RuntimeError: Process 2 failed: Image 5", result["missing"])
+        assert result["place"].startswith("RuntimeError: Process 2 failed: `out` must be")
 
 
 def test_processes_cache_features_together(run: Run, tmp_path: Path) -> None:

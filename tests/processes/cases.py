@@ -548,9 +548,17 @@ def embeddings(counts: list[int]) -> dict[str, Any]:
     if rank == 1:  # a search is of one process
         found["match"] = index.search(pictures[2], k=1)[0].index
     files = [*pictures[:5], "missing.png"]
-    for name, images in (("missing", files), ("other", pictures[: 5 + rank])):
+    last = rank == distributed.get_world_size() - 1
+    other_tower = random_tower(image_size=8, patch_size=4, embedding_dim=5 if last else 6)
+    attempts: dict[str, Any] = {
+        "missing": lambda: embed_images(tower, files),
+        "other": lambda: embed_images(tower, pictures[: 5 + rank]),
+        "place": lambda: embed_images(tower, pictures, out=[] if last else None),
+        "size": lambda: embed_images(other_tower, pictures),
+    }
+    for name, attempt in attempts.items():
         try:
-            embed_images(tower, images)
-        except (ValueError, RuntimeError) as error:
+            attempt()
+        except (TypeError, ValueError, RuntimeError) as error:
             found[name] = f"{type(error).__name__}: {error}"
     return found

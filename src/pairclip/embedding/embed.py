@@ -77,7 +77,6 @@ def embed_images(
         >>> embed_images(tower, np.zeros((3, 16, 16, 3), dtype=np.uint8)).shape
         torch.Size([3, 8])
     """
-    _checks.check_positive_int("batch_size", batch_size)
     if isinstance(images, (str, os.PathLike)):
         raise TypeError(f"`images` must be a dataset or a list of images, got the path {images!r}.")
     if are_images(images):
@@ -109,71 +108,64 @@ def embed(
 
     With `alone`, this process embeds all, whether there are others or not.
     """
-    device = next((p.device for p in tower.parameters()), torch.device("cpu"))
-    prepare: Any = tower.preprocess
-    if isinstance(prepare, Preprocess):
-        prepare.check_steady()
-        if on_device:
-            prepare.check_device(device)
-    elif on_device:
-        raise ValueError("`on_device` is for images, and this is a part of a split tower.")
-    dtype = _dtype_of(precision, device)
     together = Together(_CALL, alone=alone)
-    process, processes = together.process, together.processes
-    count = len(images)
-    share = range(process * count // processes, (process + 1) * count // processes)
-    result = None if out is None else _checked_out(out, count)
+    count, device = len(images), next((p.device for p in tower.parameters()), torch.device("cpu"))
+    share = _share(count, together.process, together.processes)
+    prepare: Any = tower.preprocess
+    with together.telling():
+        _checks.check_positive_int("batch_size", batch_size)
+        if isinstance(prepare, Preprocess):
+            prepare.check_steady()
+            if on_device:
+                prepare.check_device(device)
+        elif on_device:
+            raise ValueError("`on_device` is for images, and this is a part of a split tower.")
+        dtype = _dtype_of(precision, device)
+        result = None if out is None else _checked_out(out, count)
     for other, its_count in enumerate(together.gather(count)):
         if its_count != count:
             raise ValueError(
-                f"`images` must be the same on all processes, got {count} on process {process} and "
-                f"{its_count} on process {other}."
+                f"`images` must be the same on all processes, got {count} on process "
+                f"{together.process} and {its_count} on process {other}."
             )
-    loader: Iterable[Any] = pixel_batches(
-        Pixels(images, as_bytes if on_device else prepare),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        worker_init_fn=worker_init_fn,
-        share=share,
-        pin_memory=device.type == "cuda",
-        collate_fn=list if on_device else None,  # images of any size
-    )
-    if on_device and (whole := _bytes_in_memory(images)) is not None:
-        loader = (whole[n : min(n + batch_size, share.stop)] for n in share[::batch_size])
-    hidden = None if process == 0 else True  # None: where the output is no terminal
+    hidden = None if together.process == 0 else True  # None: where the output is no terminal
     bar = progress(total=count, desc="Embedding", unit="image", leave=False, disable=hidden)
-    try:
-        with bar, torch.inference_mode(), evaluating(tower):
-            arriving: deque[tuple[int, Tensor, Any]] = deque()
-            start = share.start
-            for batch in loader if len(share) else ():
-                if on_device:
-                    pixels = prepare.on_device(batch, device)
-                else:
-                    pixels = batch.to(device, non_blocking=True)
-                with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-                    embeddings = tower(pixels).float()
-                if result is None:
-                    # Not a tensor of inference alone: others may train on it.
-                    with torch.inference_mode(mode=False):
-                        result = torch.empty(count, embeddings.shape[1], device="cpu")
-                _check_size(result, embeddings.shape[1])
-                arriving.append((start, *_on_its_way(embeddings)))
-                start += len(embeddings)
-                while len(arriving) > (_UNDER_WAY if start < share.stop else 0):
-                    _arrive(result, *arriving.popleft())
-                bar.update(min(len(embeddings) * processes, count - bar.n))
+    with together.telling(), bar, torch.inference_mode(), evaluating(tower):
+        loader: Iterable[Any] = pixel_batches(
+            Pixels(images, as_bytes if on_device else prepare),
+            batch_size=batch_size,
+            num_workers=num_workers,
+            worker_init_fn=worker_init_fn,
+            share=share,
+            pin_memory=device.type == "cuda",
+            collate_fn=list if on_device else None,  # images of any size
+        )
+        if on_device and (whole := _bytes_in_memory(images)) is not None:
+            loader = (whole[n : min(n + batch_size, share.stop)] for n in share[::batch_size])
+        arriving: deque[tuple[int, Tensor, Any]] = deque()
+        start = share.start
+        for batch in loader if len(share) else ():
+            if on_device:
+                pixels = prepare.on_device(batch, device)
+            else:
+                pixels = batch.to(device, non_blocking=True)
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+                embeddings = tower(pixels).float()
+            if result is None:
+                # Not a tensor of inference alone: others may train on it.
+                with torch.inference_mode(mode=False):
+                    result = torch.empty(count, embeddings.shape[1], device="cpu")
+            _check_size(result, embeddings.shape[1])
+            arriving.append((start, *_on_its_way(embeddings)))
+            start += len(embeddings)
+            while len(arriving) > (_UNDER_WAY if start < share.stop else 0):
+                _arrive(result, *arriving.popleft())
+            bar.update(min(len(embeddings) * together.processes, count - bar.n))
         if result is not None:
+            first_row = share.start if together.processes > 1 else None
             rows = result[share.start : share.stop]
-            _checks.check_finite(
-                "embeddings", rows, first_row=share.start if processes > 1 else None
-            )
-    except Exception as error:
-        together.gather(error=error)
-    result = _from_all(result, together, device)
-    if result is None:
-        raise ValueError("`images` has no images.")
-    return result
+            _checks.check_finite("embeddings", rows, first_row=first_row)
+    return _from_all(result, together, count, device)
 
 
 def _bytes_in_memory(images: LabelledImages) -> Tensor | None:
@@ -200,7 +192,12 @@ def _dtype_of(precision: str, device: torch.device) -> torch.dtype | None:
 
 
 def _checked_out(out: Any, count: int) -> Tensor:
-    result = torch.from_numpy(out) if isinstance(out, np.ndarray) and out.flags.writeable else out
+    result = out
+    if isinstance(out, np.ndarray) and out.flags.writeable:
+        try:
+            result = torch.from_numpy(out)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"`out` can't be shared with PyTorch: {error}") from error
     if not isinstance(result, Tensor):
         raise TypeError(
             f"`out` must be a tensor or an array that can be written to, got {type(out).__name__}."
@@ -243,18 +240,26 @@ def _arrive(result: Tensor, start: int, embeddings: Tensor, event: Any) -> None:
     result[start : start + len(embeddings)] = embeddings
 
 
-def _from_all(result: Tensor | None, together: Together, device: torch.device) -> Tensor | None:
-    """The whole of what every process has a part of."""
-    sizes = together.gather(None if result is None else tuple(result.shape))
-    shape = next((size for size in sizes if size is not None), None)
-    if shape is None or together.processes == 1:
-        return result
+def _share(count: int, process: int, processes: int) -> range:
+    return range(process * count // processes, (process + 1) * count // processes)
+
+
+def _from_all(
+    result: Tensor | None, together: Together, count: int, device: torch.device
+) -> Tensor:
+    """The whole of what every process has a share of."""
+    sizes = together.gather(None if result is None else result.shape[1])
+    first = {size: sizes.index(size) for size in sizes if size is not None}
+    if len(first) > 1:
+        told = " and ".join(f"{size} numbers on process {n}" for size, n in first.items())
+        raise ValueError(
+            f"An embedding must have the same size on all processes, got {told}. Give all of them "
+            "the same `tower`, and an `out` that fits it."
+        )
     if result is None:
-        result = torch.empty(shape, device="cpu")
-    _check_size(result, shape[1])
-    count = len(result)
-    for other in range(together.processes):
-        first, end = (n * count // together.processes for n in (other, other + 1))
-        for start in range(first, end, _ROWS):
-            together.share(result[start : min(start + _ROWS, end)], other, device)
+        result = torch.empty(count, *first, device="cpu")
+    for other in range(together.processes if together.processes > 1 else 0):
+        share = _share(count, other, together.processes)
+        for start in share[::_ROWS]:
+            together.share(result[start : min(start + _ROWS, share.stop)], other, device)
     return result

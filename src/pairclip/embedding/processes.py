@@ -48,7 +48,7 @@ class Together:
     Attributes:
         process: Number of this one.
         processes: How many there are.
-        ended: Whether all of them have been told of an error.
+        ended: Whether there is nothing more to tell: all know of an error, or others are gone.
     """
 
     def __init__(self, call: str, *, alone: bool = False) -> None:
@@ -66,19 +66,28 @@ class Together:
             Exception: `error`, which the others are told of.
             RuntimeError: If another process has one, or is not there.
         """
-        all_of_them: list[Any] = [(value, None)]
+        said = None if error is None else str(error) or repr(error)
+        all_of_them: list[Any] = [(value, said)] * self.processes
         if self.processes > 1:
-            all_of_them *= self.processes
-            with lost_processes_named(), self._waiting_said():
-                distributed.all_gather_object(all_of_them, (value, error and f"{error}"))
+            with self._reaching(), self._waiting_said():
+                distributed.all_gather_object(all_of_them, (value, said))
+        self.ended = any(its_error is not None for _, its_error in all_of_them)
         if error is not None:
-            self.ended = True
             raise error
         for other, (_, its_error) in enumerate(all_of_them):
             if its_error is not None:
-                self.ended = True
                 raise RuntimeError(f"Process {other} failed: {its_error}")
         return [its_value for its_value, _ in all_of_them]
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Tell of an error within to the others, which `gather` meanwhile."""
+        try:
+            yield
+        except Exception as error:
+            if not self.ended:
+                self.gather(error=error)
+            raise
 
     def share(self, rows: Tensor, source: int, device: torch.device) -> None:
         """Fill rows in memory of the host with those of one process, byte by byte."""
@@ -86,10 +95,17 @@ class Together:
         # NCCL sends from device to device, gloo what lies in memory.
         on_device = distributed.get_backend() == "nccl"
         sent = values.to(device) if on_device else values
-        with lost_processes_named():
+        with self._reaching():
             distributed.broadcast(sent, src=source)
         if on_device and source != self.process:
             values.copy_(sent)
+
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        self.ended = True
+        with lost_processes_named():
+            yield
+        self.ended = False
 
     @contextmanager
     def _waiting_said(self) -> Iterator[None]:

@@ -133,17 +133,13 @@ def cache_features(
     mine = _features(trunk, loader if share else (), dtype, starts)
     device = next(trunk.parameters()).device
     batches = _of_all(mine, rounds, together, device)
-    try:
+    with together.telling():
         # Of the processes on a machine, which share its folders, one writes.
         if together.processes == 1 or int(os.environ.get("LOCAL_RANK", together.process)) == 0:
             folder.mkdir(parents=True, exist_ok=True)
             _write(path, batches, data.labels, metadata)
         else:
             deque(batches, maxlen=0)
-    except Exception as error:
-        if together.ended:
-            raise
-        together.gather(error=error)
     together.gather()  # the file is there
     return CachedFeatures(path)
 
@@ -171,11 +167,8 @@ def _of_all(
         yield from mine
         return
     for _ in starts:
-        features: Tensor | None = None
-        try:
+        with together.telling():
             features = next(mine, None)
-        except Exception as error:
-            together.gather(error=error)
         known = None if features is None else (tuple(features.shape), features.dtype)
         round_of_all = []
         for other, layout in enumerate(together.gather(known)):
