@@ -309,11 +309,37 @@ def test_a_last_block_that_is_watched_or_changed_runs_as_it_is(reason: str) -> N
     assert seen == [reason]
 
 
+def test_other_embeddings_than_those_of_the_class_token_are_computed_as_they_are() -> None:
+    tower = new_tower("clip")
+    vision: Any = tower.model.vision_model
+
+    class MeanOfTokens(type(vision)):  # type: ignore[misc]
+        def forward(self, *arguments: Any, **options: Any) -> Any:
+            output = super().forward(*arguments, **options)
+            output.pooler_output = output.last_hidden_state.mean(1)
+            return output
+
+    vision.__class__ = MeanOfTokens
+    expected = tower._encode(tower.model, pixels())
+    trunk, head = tower.split(1)
+    for embeddings in (tower(pixels()), head(trunk(pixels()))):
+        assert_close(embeddings, expected, rtol=0, atol=1e-5)
+
+
+def test_an_embedding_costs_one_run_of_the_model() -> None:
+    tower, seen = new_tower("clip"), []
+    tower.model.vision_model.embeddings.register_forward_hook(
+        lambda module, inputs, output: seen.append(len(output))
+    )
+    tower(pixels())
+    assert seen == [len(pixels())]
+
+
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
 def test_the_parts_are_the_same_in_whatever_mode_they_were_looked_for(mode: Any) -> None:
     tower, other = new_tower("clip"), new_tower("clip")
     with mode(), torch.autocast("cpu", dtype=torch.bfloat16):
-        tower(pixels())
+        assert len(tower.blocks) == 3
     assert tower._anatomy() == other._anatomy()
     assert len(other._projection()) == len(tower._projection()) == 1
 

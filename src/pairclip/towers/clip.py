@@ -1,9 +1,7 @@
 """CLIP: `CLIPModel` and its image tower with or without projection."""
 
-from contextlib import suppress
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import (
     CLIPImageProcessor,
@@ -25,11 +23,7 @@ class CLIPTower(ContrastiveTower):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Encode ``[B, 3, H, W]``, as `preprocess` makes them, into ``[B, D]``."""
-        model: Any = self.model
-        if not torch.compiler.is_compiling() and model is self._bare():
-            with suppress(NotImplementedError):  # blocks that somebody changed
-                model = class_token.shortened(model, self._anatomy())
-        return self._encode(model, pixel_values)
+        return self._encode(class_token.shortened(self.model), pixel_values)
 
     @classmethod
     def vision_class(cls, config: Any) -> Any:
