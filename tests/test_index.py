@@ -24,6 +24,7 @@ from pairclip import VisionTower, _files, embed_images, load_tower
 from pairclip._files import sealed
 from pairclip.index import ImageIndex, Match
 from pairclip.index.segments import Segment
+from pairclip.index.storage import _checksum_of
 
 HEADER = "image_index.json"
 HOSTILE = '<script>"alert(1)"</script>\n\\ & \udcff'
@@ -508,6 +509,29 @@ def test_no_flipped_bit_of_labels_paths_or_json_is_used(saved: Path) -> None:
         (saved / HEADER).write_bytes(damaged)
         with pytest.raises(ValueError, match=r"is damaged|is no index"):
             ImageIndex.load(saved)
+
+
+@pytest.mark.parametrize("paths", ["null", '["0.jpg"]', "[" + 20 * "3, " + "4]", "[" * 100_000])
+def test_wrong_paths_under_right_checksums_are_told_when_one_is_asked_for(
+    saved: Path, paths: str
+) -> None:
+    path, header = tensors_file(saved), json.loads((saved / HEADER).read_text())
+    tensors = {name: tensor.clone() for name, tensor in _files.MappedTensors(path).items()}
+    tensors["paths"] = torch.frombuffer(bytearray(paths, "ascii"), dtype=torch.uint8)
+    with path.open("wb") as file:
+        _files.write_tensors(file, tensors)
+    header["segments"][0] |= {
+        "bytes": path.stat().st_size,
+        "sha256": _files.checksum(path),
+        "details_sha256": _checksum_of({name: tensors[name] for name in ("labels", "paths")}),
+    }
+    (saved / HEADER).write_text(json.dumps(sealed(header)))
+    index = ImageIndex.load(saved)
+    index.verify()
+    assert index.nearest_neighbors(rows_of(1))[0].shape == (1, 10)
+    for asked in (lambda: index.paths, lambda: index.search(rows_of(1))):
+        with pytest.raises(ValueError, match=f"{path.name}' is damaged"):
+            asked()
 
 
 # --- Growing and shrinking ------------------------------------------------------------------------

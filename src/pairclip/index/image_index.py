@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class ImageIndex(ExactSearch):
         *,
         labels: Tensor | None,
         class_names: list[str] | None,
-        paths: list[str | None] | None,
+        paths: Sequence[str | None] | None,
         fingerprint: str,
         tower: VisionTower | None = None,
     ) -> None:
@@ -178,9 +179,9 @@ class ImageIndex(ExactSearch):
     def load(cls, folder: str | os.PathLike[str], tower: VisionTower | None = None) -> ImageIndex:
         """Open a saved index; its embeddings are mapped from the file, not read.
 
-        Sizes, labels, paths and the JSON are checked, embeddings only by `verify`. On Linux and
-        macOS an open index stays whole when its folder is deleted, or replaced by `save`; don't
-        write into its files.
+        Sizes and the checksums of labels, paths and the JSON are checked, embeddings only by
+        `verify`; paths are read when one is asked for. On Linux and macOS an open index stays whole
+        when its folder is deleted, or replaced by `save`; don't write into its files.
 
         Args:
             folder: Where it was saved.

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pairclip import _checks
-from pairclip._files import MappedTensors
+from pairclip._files import MappedTensors, bytes_of
 from pairclip._vectors import highest, row_norms, unit_rows
 
 # Rows searched at once, which bounds the memory of a step.
@@ -18,6 +22,43 @@ ROWS = 65536
 # Rows compared at once; more would leave the processor's cache, which costs a few queries most.
 _BLOCK = 2048
 _QUERIES = 1024  # compared with them at once
+
+
+class StoredPaths(Sequence[str | None]):
+    """Paths as JSON in a file whose checksum was right: all read when the first is asked for."""
+
+    def __init__(self, text: Tensor, count: int, file: Path) -> None:
+        self._text = text
+        self._count = count
+        self._file = file
+
+    @cached_property
+    def _all(self) -> list[str | None]:
+        try:
+            paths: Any = json.loads(bytes(bytes_of(self._text)))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"'{self._file}' is damaged: {error}.") from error
+        return checked_paths(paths, self._count, self._file)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[str | None]:
+        return iter(self._all)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._all[place]
+
+
+def checked_paths(paths: Any, count: int, file: Path) -> list[str | None]:
+    """What was read from a file, if it is a path or None for each image; else a ValueError."""
+    if not (
+        isinstance(paths, list)
+        and set(map(type, paths)) <= {str, type(None)}
+        and len(paths) == count
+    ):
+        raise ValueError(f"'{file}' is damaged: its paths are not those of its images.")
+    return paths
 
 
 @dataclass
@@ -35,7 +76,7 @@ class Segment:
 
     rows: Tensor
     labels: Tensor | None
-    paths: list[str | None] | None
+    paths: Sequence[str | None] | None
     mapped: MappedTensors | None = None
     entry: dict[str, Any] | None = None
     left: Tensor | None = None
@@ -48,7 +89,7 @@ class Segment:
         """Of values for each row, those of the rows that are left."""
         return values if self.left is None else values[self.left]
 
-    def kept_paths(self) -> list[str | None]:
+    def kept_paths(self) -> Sequence[str | None]:
         """Path of each row that is left."""
         if self.paths is None:
             return [None] * len(self)
@@ -119,7 +160,7 @@ def paths_of(segments: Sequence[Segment]) -> list[str | None] | None:
     """Path of each image of all segments, or None where none has one."""
     if all(segment.paths is None for segment in segments):
         return None
-    return [path for segment in segments for path in segment.kept_paths()]
+    return list(chain.from_iterable(segment.kept_paths() for segment in segments))
 
 
 def nearest(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pairclip import _files
-from pairclip.index.segments import Segment
+from pairclip.index.segments import Segment, StoredPaths, checked_paths
 
 HEADER = "image_index.json"
 _FORMAT, _VERSION = "pairclip.ImageIndex", 2
@@ -220,15 +220,14 @@ def _segment(folder: Path, header: Header, entry: Header) -> Segment:
     }
     if shapes != expected:
         raise ValueError(f"'{path}' is damaged: its tensors are not those that {HEADER} tells of.")
-    details = {name: tensors[name].clone() for name in ("labels", "paths") if name in tensors}
-    paths = header.get("paths")
-    if "details_sha256" in entry:
-        if _checksum_of(details) != entry["details_sha256"]:
-            raise ValueError(f"'{path}' is damaged: the checksum of its labels and paths differs.")
-        if "paths" in details:
-            paths = json.loads(bytes(_files.bytes_of(details["paths"])))
-    if paths is not None and not _are_paths(paths, entry["num_rows"]):
-        raise ValueError(f"'{path}' is damaged: its paths are not those of its images.")
+    details = {name: tensors[name] for name in ("labels", "paths") if name in tensors}
+    if "details_sha256" in entry and _checksum_of(details) != entry["details_sha256"]:
+        raise ValueError(f"'{path}' is damaged: the checksum of its labels and paths differs.")
+    paths: Sequence[str | None] | None = None
+    if "paths" in details:
+        paths = StoredPaths(details["paths"], entry["num_rows"], path)
+    elif header["version"] == 1 and header["paths"] is not None:
+        paths = checked_paths(header["paths"], entry["num_rows"], folder / HEADER)
     left = None
     if entry["removed"]:
         stay = torch.ones(entry["num_rows"], dtype=torch.bool, device="cpu")
@@ -236,7 +235,7 @@ def _segment(folder: Path, header: Header, entry: Header) -> Segment:
         left = stay.nonzero()[:, 0]
     return Segment(
         tensors["embeddings"],
-        details.get("labels"),
+        details["labels"].clone() if "labels" in details else None,
         paths,
         tensors,
         # A file of the first format has no paths, so it is written anew.
@@ -271,17 +270,12 @@ def _remove_unused(folder: Path) -> None:
     _files.remove_leftovers(folder, _LEFTOVERS)
 
 
-def _are_paths(paths: Any, count: int) -> bool:
-    is_valid = _is_list_of(lambda path: path is None or isinstance(path, str))
-    return is_valid(paths) and len(paths) == count
-
-
 def _is_count(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
-def _is_list_of(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and all(map(is_valid, value))
+def _is_list_of(kind: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and set(map(type, value)) <= {kind}
 
 
 def _is_file_entry(value: Any) -> bool:
@@ -300,7 +294,9 @@ def _is_segment(value: Any) -> bool:
     removed, rows = value.get("removed"), value["num_rows"]
     return (
         _SHA256.fullmatch(str(value.get("details_sha256"))) is not None
-        and _is_list_of(lambda row: type(row) is int and 0 <= row < rows)(removed)
+        and _is_list_of(int)(removed)
+        and min(removed, default=0) >= 0
+        and max(removed, default=0) < rows
         and len(set(removed)) < rows
     )
 
@@ -312,14 +308,14 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "embedding_dim": _is_count,
     "dtype": lambda value: isinstance(value, str) and value in DTYPES,
     "has_labels": lambda value: isinstance(value, bool),
-    "class_names": lambda value: (
-        value is None or _is_list_of(lambda name: isinstance(name, str))(value)
-    ),
+    "class_names": lambda value: value is None or _is_list_of(str)(value),
 }
 _FIRST: dict[str, Callable[[Any], bool]] = {
     "tensors": _is_file_entry,
     "paths": lambda value: value is None or isinstance(value, list),
 }
 _SECOND: dict[str, Callable[[Any], bool]] = {
-    "segments": lambda value: _is_list_of(_is_segment)(value) and bool(value)
+    "segments": lambda value: (
+        isinstance(value, list) and bool(value) and all(map(_is_segment, value))
+    )
 }
