@@ -48,7 +48,7 @@ _CLASSES = 8
 _MIB = 2**20
 
 # With a fixed threshold every large tensor is a mapping of its own, gone when it is freed.
-_RETURN_MEMORY = {
+RETURN_MEMORY = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "65536",
@@ -305,7 +305,7 @@ def run_all(arguments: Any) -> list[Row]:
     for job in jobs(arguments):
         environment = {"OMP_NUM_THREADS": str(arguments.threads)}
         if job["measure"] == "memory":
-            environment |= _RETURN_MEMORY
+            environment |= RETURN_MEMORY
         run = run_loop if job["measure"] == "loop" else _run_worker
         row = run(job, limits, environment)
         rows.append(row)

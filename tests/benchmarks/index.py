@@ -87,6 +87,10 @@ def clustered(count: int, job: Row, *, seed: int) -> Tensor:
     return rows
 
 
+def paths_of(rows: int) -> list[str]:
+    return [f"/data/images/class_{i % 1000:03}/{i:09}.jpg" for i in range(rows)]
+
+
 def write_index(job: Row) -> None:
     """Made in a worker, so that the memory is its own."""
     import torch
@@ -99,7 +103,7 @@ def write_index(job: Row) -> None:
         embeddings,
         labels=torch.arange(rows) % 1000,
         class_names=[f"class {i}" for i in range(1000)],
-        paths=[f"/data/images/class_{i % 1000:03}/{i:09}.jpg" for i in range(rows)],
+        paths=paths_of(rows),
         fingerprint=new_tower(job["width"]).fingerprint(),
     )
     index.save(job["folder"])

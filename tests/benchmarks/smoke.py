@@ -18,6 +18,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 LEFT_OUT = {"smoke"}
 TINY = {
+    "against": "HEAD --only tiny load --budget 0 --batch 8 --rows 2000 --width 16",
     "alignment": "--caption-steps 1 --steps 1 --fit 24 --held-out 48 --batch-size 12",
     "breaking": "--tiny",
     "embedding": "--images 1000 --width 16",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -53,7 +54,7 @@ class TrainingItems(Dataset[tuple[Tensor, int, int]]):
 
     def __getitems__(self, keys: list[ItemKey]) -> list[tuple[Tensor, int, int]]:
         """The items of one batch (a `DataLoader` asks for them at once)."""
-        with random_state_kept():
+        with random_state_kept() if self._draws else nullcontext():
             if not self._at_once:
                 return [self[key] for key in keys]
             labels: list[int] = []
