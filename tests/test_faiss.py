@@ -69,16 +69,51 @@ def test_a_tower_searches_by_image_and_another_is_refused(tower, images, tmp_pat
             search()
 
 
-def test_wrong_arguments() -> None:
+@pytest.mark.parametrize("factory", ["HNSW32", "SQ8", "IVF8,Flat", "OPQ8,IVF8,PQ8x4", "Flat,RFlat"])
+def test_any_kind_is_saved_and_searched(factory: str, tmp_path: Path) -> None:
+    exact = index_of(300, paths=[str(i) for i in range(300)])
+    made = exact.to_faiss(factory, nprobe=8 if "IVF" in factory else None)
+    made.save(tmp_path)
+    loaded = FaissIndex.load(tmp_path)
+    queries = exact.embeddings[:20].float()
+    recall = search_recall(exact, made, queries, k=3)
+    assert recall == search_recall(exact, loaded, queries, k=3) > 0.6
+    for one, other in zip(made.search(queries, 3), loaded.search(queries, 3), strict=True):
+        assert one == other
+        assert [match.path for match in one] == [str(match.index) for match in one]
+    assert len(exact.to_faiss(factory).search(queries[0], k=1000)) <= 300
+
+
+@pytest.mark.parametrize(
+    ("factory", "nprobe", "error", "message"),
+    [
+        (
+            "Nonsense",
+            None,
+            ValueError,
+            "^`factory` 'Nonsense' can't be made by FAISS of 30 images "
+            "of 16 numbers: could not parse index string Nonsense$",
+        ),
+        ("IVF100,Flat", None, ValueError, r"'IVF100,Flat' can't be made .*points \(30\)"),
+        ("IVF2,PQ5", None, ValueError, "should be a multiple of the number of subquantizers"),
+        ("HNSW32", 4, ValueError, "'HNSW32' with `nprobe` 4 can't be made.*set parameter nprobe"),
+        ("IVF2,Flat", 0, ValueError, "`nprobe` must be at least 1, got 0"),
+        (64, None, TypeError, "`factory` must be a text, got 64"),
+    ],
+)
+def test_wrong_kinds(factory: Any, nprobe: int | None, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        index_of(30).to_faiss(factory, nprobe=nprobe)
+
+
+def test_wrong_queries() -> None:
     exact = index_of(30)
-    with pytest.raises(ValueError, match=r"`factory` 'Nonsense' can't be made by FAISS of 30"):
-        exact.to_faiss("Nonsense")
-    with pytest.raises(ValueError, match=r"`factory` 'IVF100,Flat' can't be made by FAISS of 30"):
-        exact.to_faiss("IVF100,Flat")
-    with pytest.raises(ValueError, match="`nprobe` must be at least 1, got 0"):
-        exact.to_faiss("IVF2,Flat", nprobe=0)
     with pytest.raises(ValueError, match="embedding size of the index, 16, got 3"):
         exact.to_faiss().search(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="`queries` must have at least one image or embedding"):
+        search_recall(exact, exact.to_faiss(), torch.zeros(0, 16))
+    with pytest.raises(ValueError, match="must have the images of `exact`, got 20 images and 30"):
+        search_recall(exact, index_of(20).to_faiss(), torch.zeros(1, 16))
 
 
 def test_damage_is_named(tmp_path: Path) -> None:
@@ -98,5 +133,5 @@ def test_damage_is_named(tmp_path: Path) -> None:
     _files.write_json(header, newer)
     with pytest.raises(ValueError, match="has format 2, and this version"):
         FaissIndex.load(tmp_path)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"has no faiss_index.json, so none was saved"):
         FaissIndex.load(tmp_path / "none")

@@ -772,12 +772,20 @@ def test_an_index_of_parquet_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"path": ["a"]}, "has no column 'vector', but path"),
-        ({"vector": [[1.0, 2.0], [1.0]]}, "vectors of different lengths"),
-        ({"vector": [[1.0, 2.0], None]}, "has missing values in its column 'vector'"),
-        ({"vector": [[1.0, float("nan")]]}, "NaN or infinite values"),
-        ({"vector": [[1.0]], "label": [0.5]}, "must be all texts or all integers, got float"),
-        ({"vector": [[1.0], [2.0]], "label": ["a", None]}, "integers, got NoneType, str"),
+        ({"path": ["a"]}, "a.parquet' can't be read: it has no column 'vector', but path"),
+        ({"vector": [1.0, 2.0]}, "must have lists of numbers, got double"),
+        ({"vector": ["1", "2"]}, "must have lists of numbers, got string"),
+        ({"vector": [["1"], ["2"]]}, "must have lists of numbers, got list<.*string>"),
+        ({"vector": [[1.0], [1.0, 2.0, 3.0]]}, "has lists of 1 to 3 numbers"),
+        ({"vector": [[1.0, 2.0], None]}, "its column 'vector' has missing values"),
+        ({"vector": [[1.0, None]]}, "its column 'vector' has missing values"),
+        ({"vector": [[1.0, float("nan")]]}, "NaN or infinite values in 1 of the rows 0 to 0"),
+        ({"vector": [[1.0, 1e300]]}, "NaN or infinite values"),
+        ({"vector": [[1.0]], "path": [3]}, "its column 'path' must have texts, got int64"),
+        ({"vector": [[1.0]], "label": [0.5]}, "'label' must have texts or integers, got double"),
+        ({"vector": [[1.0], [2.0]], "label": ["a", None]}, "of all rows or of none, and some are"),
+        ({"vector": [[1.0], [2.0]], "label": ["a", ""]}, "some are missing"),
+        ({"vector": [[1.0], [2.0]], "label": [-1, 0]}, "some are missing"),
     ],
 )
 def test_parquet_files_that_are_no_index(
@@ -785,6 +793,49 @@ def test_parquet_files_that_are_no_index(
 ) -> None:
     write_parquet(tmp_path / "a.parquet", **columns)
     with pytest.raises(ValueError, match=message):
+        ImageIndex.from_parquet(tmp_path)
+
+
+@pytest.mark.parametrize("number", ["halffloat", "float", "double", "int8"])
+@pytest.mark.parametrize("of", ["list_", "large_list", "fixed"])
+def test_vectors_and_labels_of_any_type(tmp_path: Path, number: str, of: str) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    kind = pyarrow.type_for_alias(number)
+    lists = pyarrow.list_(kind, 2) if of == "fixed" else getattr(pyarrow, of)(kind)
+    given = np.array([[3, 4], [0, 0], [-5, 12]], kind.to_pandas_dtype())
+    names = pyarrow.array(["b", "a", "b"]).dictionary_encode()
+    write_parquet(tmp_path / "a.parquet", vector=pyarrow.array([*given], lists), label=names)
+    index = ImageIndex.from_parquet(tmp_path, dtype=torch.float32)
+    torch.testing.assert_close(
+        index.embeddings, nn.functional.normalize(torch.from_numpy(given).float())
+    )
+    assert (index.labels.tolist(), index.class_names) == ([1, 0, 1], ["a", "b"])
+    assert index.paths is None
+
+
+def test_parquet_files_that_do_not_go_together(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    write_parquet(tmp_path / "a.parquet", vector=[[1.0, 0.0]], label=["a"], path=["x"])
+    other = tmp_path / "b.parquet"
+    for columns, message in (
+        ({"vector": [[1.0]], "label": ["a"]}, "have vectors of 1 and 2 numbers"),
+        ({"vector": [[1.0, 0.0]]}, "of all rows or of none, and some are missing"),
+        ({"vector": [[1.0, 0.0]], "label": [1]}, "must be all texts or all integers, got both"),
+    ):
+        write_parquet(other, **columns)
+        with pytest.raises(ValueError, match=message):
+            ImageIndex.from_parquet(tmp_path)
+    write_parquet(other, vector=pyarrow.array([], pyarrow.list_(pyarrow.float32())))
+    assert ImageIndex.from_parquet(tmp_path).paths == ["x"]
+    content = (tmp_path / "a.parquet").read_bytes()
+    for damaged in (content[: len(content) // 2], b""):
+        other.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"b.parquet' can't be read: Parquet"):
+            ImageIndex.from_parquet(tmp_path)
+    for file in tmp_path.iterdir():
+        file.unlink()
+    write_parquet(other, vector=pyarrow.array([], pyarrow.list_(pyarrow.float32())))
+    with pytest.raises(ValueError, match=r"The files \*.parquet of '.*' have no rows"):
         ImageIndex.from_parquet(tmp_path)
 
 

@@ -26,11 +26,37 @@ _FILE = re.compile(r"faiss_index-[0-9a-f]{32}\.safetensors")
 _TRAINED_ON = 200_000  # rows that FAISS finds its cells and codes from
 
 
+def faiss_of(pieces: Iterable[Tensor], count: int, factory: str, nprobe: int | None) -> Any:
+    """An index of FAISS of rows, as `ImageIndex.to_faiss` says."""
+    if not isinstance(factory, str):
+        raise TypeError(f"`factory` must be a text, got {factory!r}.")
+    faiss = _library()
+    blocks = [block for piece in pieces for block in piece.split(ROWS)]
+    size = blocks[0].shape[1]
+    try:
+        index = faiss.index_factory(size, factory, faiss.METRIC_INNER_PRODUCT)
+        if nprobe is not None:
+            _checks.check_positive_int("nprobe", nprobe)
+            faiss.ParameterSpace().set_index_parameter(index, "nprobe", nprobe)
+        if not index.is_trained:
+            step = max(1, -(-count // _TRAINED_ON))
+            index.train(_array(unit_rows(torch.cat([block[::step] for block in blocks]))))
+        for block in blocks:
+            index.add(_array(unit_rows(block)))
+    except RuntimeError as error:
+        reason = re.split(r"Error: |\.(?:cpp|h):\d+: ", str(error))[-1].strip()
+        given = f"`factory` {factory!r}" + (f" with `nprobe` {nprobe}" if nprobe else "")
+        raise ValueError(
+            f"{given} can't be made by FAISS of {count} images of {size} numbers: {reason}"
+        ) from error
+    return index
+
+
 class FaissIndex:
     """An approximate index of FAISS that answers as the `ImageIndex` it was made from.
 
-    Made by `ImageIndex.to_faiss` or `load`. It takes no more images: add them to the `ImageIndex`,
-    and make this one anew.
+    Made by `ImageIndex.to_faiss` or `load`. Its images stay what they are: `add` and `remove` are
+    the `ImageIndex`'s, of which this one is made anew.
 
     Attributes:
         faiss: The index of FAISS itself, to set what its kind has to set.
@@ -63,37 +89,6 @@ class FaissIndex:
         self.class_names = class_names
         self.paths = paths
         self._searcher = searcher
-
-    @classmethod
-    def of(
-        cls,
-        pieces: Iterable[Tensor],
-        *,
-        count: int,
-        factory: str,
-        nprobe: int | None,
-        **fields: Any,
-    ) -> FaissIndex:
-        """Make one of unit rows, as `ImageIndex.to_faiss` says."""
-        faiss = _library()
-        blocks = [block for piece in pieces for block in piece.split(ROWS)]
-        try:
-            index = faiss.index_factory(blocks[0].shape[1], factory, faiss.METRIC_INNER_PRODUCT)
-            if not index.is_trained:
-                step = max(1, -(-count // _TRAINED_ON))
-                index.train(_array(unit_rows(torch.cat([block[::step] for block in blocks]))))
-            for block in blocks:
-                index.add(_array(unit_rows(block)))
-            if nprobe is not None:
-                _checks.check_positive_int("nprobe", nprobe)
-                faiss.ParameterSpace().set_index_parameter(index, "nprobe", nprobe)
-        except RuntimeError as error:
-            reason = str(error).rpartition("Error: ")[2].strip() or str(error)
-            raise ValueError(
-                f"`factory` {factory!r} can't be made by FAISS of {count} images of "
-                f"{blocks[0].shape[1]} numbers: {reason}"
-            ) from error
-        return cls(index, **fields)
 
     @property
     def fingerprint(self) -> str:
@@ -198,14 +193,14 @@ class FaissIndex:
         """
         folder = Path(folder)
         while True:
-            header = _read_header(folder / _HEADER)
+            header = _read_header(folder)
             path = folder / header["file"]
             try:
                 damaged = _files.checksum(path) != header["file_sha256"]
                 tensors = None if damaged else _files.MappedTensors(path)
                 break
             except FileNotFoundError as error:
-                if _read_header(folder / _HEADER) == header:
+                if _read_header(folder) == header:
                     raise FileNotFoundError(f"'{path}' is missing.") from error
         if tensors is None:
             raise ValueError(f"'{path}' is damaged: its checksum differs.")
@@ -233,6 +228,10 @@ class Searchable(Protocol):
         """Scores and indices of the k nearest."""
         ...
 
+    def __len__(self) -> int:
+        """How many images it has."""
+        ...
+
 
 def search_recall(exact: Searchable, approximate: Searchable, queries: Any, k: int = 10) -> float:
     """Share of the k nearest images that an approximate index finds too: what approximating costs.
@@ -241,13 +240,14 @@ def search_recall(exact: Searchable, approximate: Searchable, queries: Any, k: i
         exact: An index that finds all, an `ImageIndex`.
         approximate: Another index of the same images in the same order.
         queries: Images or embeddings ``[Q, D]``, as for `ImageIndex.search`.
-        k: How many each finds.
+        k: How many each finds; all, where there are fewer images.
 
     Returns:
         The mean over queries; in ``[0, 1]``.
 
     Raises:
-        ValueError: As for `ImageIndex.search`.
+        ValueError: As for `ImageIndex.search`; or if the indices have different numbers of images,
+            or there is no query.
 
     Example:
         >>> import torch
@@ -258,13 +258,23 @@ def search_recall(exact: Searchable, approximate: Searchable, queries: Any, k: i
         >>> search_recall(index, index.to_faiss("Flat"), torch.eye(4), k=1)
         1.0
     """
+    if len(exact) != len(approximate):
+        raise ValueError(
+            f"`approximate` must have the images of `exact`, got {len(approximate)} images and "
+            f"{len(exact)}. Make it anew: `exact.to_faiss(...)`."
+        )
     _, true = exact.nearest_neighbors(queries, k)
+    if not len(true):
+        raise ValueError("`queries` must have at least one image or embedding, got none.")
     _, answered = approximate.nearest_neighbors(queries, k)
     hits = (true[:, :, None] == answered[:, None, :]).any(dim=2)
     return float(hits.double().mean())
 
 
-def _read_header(path: Path) -> dict[str, Any]:
+def _read_header(folder: Path) -> dict[str, Any]:
+    path = folder / _HEADER
+    if not path.exists():
+        raise FileNotFoundError(f"`folder` '{folder}' has no {_HEADER}, so none was saved there.")
     header = _files.read_json(path)
     if not (isinstance(header, dict) and header.get("format") == _FORMAT):
         raise ValueError(f"'{path}' is no FAISS index of pairclip.")

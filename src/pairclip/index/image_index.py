@@ -12,7 +12,8 @@ from torch import Tensor
 
 from pairclip import _checks
 from pairclip.index import storage
-from pairclip.index.building import embedded, images_of, joined_labels, read_parquet
+from pairclip.index.building import embedded, images_of, joined_labels
+from pairclip.index.parquet import read_parquet
 from pairclip.index.queries import Searcher
 from pairclip.index.searching import ExactSearch
 from pairclip.index.segments import Segment, labels_of, paths_of
@@ -144,9 +145,9 @@ class ImageIndex(ExactSearch):
 
         Args:
             folder: With files ``*.parquet`` of one row per image: ``vector``, a list of numbers;
-                ``path``, a text, and ``label``, a text or an integer, where there are any. Files
-                are read in the order of their names. A field ``pairclip.fingerprint`` in their
-                metadata says by which tower.
+                ``path``, a text, and ``label``, a text or an integer, where there are any; other
+                columns are not read. Files are read in the order of their names. A field
+                ``pairclip.fingerprint`` in their metadata says by which tower.
             tower: The tower that embedded, to search by image. None leaves the search by embedding.
             dtype: As for `build`.
 
@@ -155,8 +156,8 @@ class ImageIndex(ExactSearch):
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If a column is missing, sizes or fingerprints differ, a vector is not
-                finite, or `tower` is another one than the files say.
+            ValueError: If a file can't be read, or has no such rows; if sizes or fingerprints
+                differ, some labels are missing, or `tower` is another one than the files say.
             ImportError: If pyarrow is missing.
         """
         if dtype not in storage.DTYPES.values():

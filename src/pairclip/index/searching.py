@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from pairclip import _checks
-from pairclip.index.faiss import FaissIndex
+from pairclip.index.faiss import FaissIndex, faiss_of
 from pairclip.index.match import Match, matches_of
 from pairclip.index.queries import Searcher, is_one
 from pairclip.index.segments import Segment, labels_of, nearest, paths_of
@@ -134,11 +134,9 @@ class ExactSearch:
             >>> index.to_faiss("Flat").search(torch.tensor([0.0, 3.0, 4.0, 0.0]), k=1)[0].index
             2
         """
-        return FaissIndex.of(
-            (segment.kept(segment.rows) for segment in self._segments),
-            count=len(self),
-            factory=factory,
-            nprobe=nprobe,
+        rows = (segment.kept(segment.rows) for segment in self._segments)
+        return FaissIndex(
+            faiss_of(rows, len(self), factory, nprobe),
             labels=labels_of(self._segments),
             class_names=self.class_names,
             paths=paths_of(self._segments),
@@ -154,10 +152,13 @@ class ExactSearch:
         known = self.class_names
         if known is None:
             raise ValueError("`class_names` can't choose: this index has no class names.")
-        unknown = [name for name in class_names if name not in known]
+        there = {*known}
+        unknown = [name for name in class_names if name not in there]
         if unknown or not class_names:
             raise ValueError(
                 f"`class_names` must be of the index's classes, got {unknown or 'none'}. They are "
                 f"{', '.join(map(repr, known[:20]))}{', ...' * (len(known) > 20)}."
             )
-        return torch.tensor([known.index(name) for name in class_names], device="cpu")
+        wanted = {*class_names}
+        ids = [id_ for id_, name in enumerate(known) if name in wanted]
+        return torch.tensor(ids, device="cpu")
