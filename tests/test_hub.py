@@ -281,6 +281,28 @@ def test_an_image_tower_that_lies_in_several_parts_of_a_file_is_fetched_by_range
     assert hub.bytes_of_weights < (tmp_path / "mixed" / FILES[2]).stat().st_size
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ((1 << 60).to_bytes(8, "little"), "it has no header of a safetensors file"),
+        ((100_000_001).to_bytes(8, "little"), "it has no header of a safetensors file"),
+        ((5).to_bytes(8, "little") + b"[1,2]", "its header is not one of a safetensors file"),
+        ((7).to_bytes(8, "little") + b'{"a":1}', "the tensor 'a' has no place"),
+    ],
+)
+def test_a_header_that_the_hub_makes_up_is_refused_before_it_is_fetched(
+    content: bytes, message: str, hub: Hub, saved: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(saved, tmp_path / "odd")
+    (tmp_path / "odd" / FILES[2]).write_bytes(content)
+    hub.add("some/model", tmp_path / "odd", files=FILES, commit=MAIN, ref="main")
+    with pytest.raises(
+        ValueError, match=f"model.safetensors of 'some/model' on the hub is damaged: {message}"
+    ):
+        load_tower("some/model")
+    assert hub.bytes_of_weights <= len(content)
+
+
 def test_the_whole_file_is_fetched_where_there_are_no_ranges(
     hub: Hub, saved: Path, expected: torch.Tensor
 ) -> None:

@@ -11,7 +11,16 @@ from pairclip._files.contents import (
     read_json,
     sealed,
 )
-from pairclip._files.tensors import MappedTensors, bytes_of, write_header, write_tensors
+from pairclip._files.tensors import (
+    Entry,
+    Header,
+    MappedTensors,
+    bytes_of,
+    header_length,
+    read_header,
+    write_header,
+    write_tensors,
+)
 from pairclip._files.whole import (
     flush,
     locked,
@@ -26,6 +35,8 @@ from pairclip._files.whole import (
 )
 
 __all__ = [
+    "Entry",
+    "Header",
     "MappedTensors",
     "NewerFormatError",
     "bytes_of",
@@ -35,9 +46,11 @@ __all__ = [
     "checksum",
     "checksum_of_fields",
     "flush",
+    "header_length",
     "locked",
     "plain",
     "put_aside",
+    "read_header",
     "read_json",
     "remove_folder",
     "remove_leftovers",

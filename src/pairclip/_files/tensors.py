@@ -12,7 +12,7 @@ import mmap
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,7 +38,24 @@ _DTYPES = {
     "C64": torch.complex64,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_LONGEST_HEADER = 100_000_000  # bytes; as the library has it
+LONGEST_HEADER = 100_000_000  # bytes; as the library has it
+
+
+class Entry(NamedTuple):
+    """Kind and shape of a tensor, and from where to where its bytes lie behind the header."""
+
+    dtype: torch.dtype
+    shape: list[int]
+    start: int
+    end: int
+
+
+class Header(NamedTuple):
+    """The tensors of a file by name, in the order in which they lie; its size, all included."""
+
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+    size: int
 
 
 def write_tensors(
@@ -86,25 +103,22 @@ class MappedTensors(Mapping[str, Tensor]):
         check_is_file(path)
         with path.open("rb") as file:
             try:
-                layout, start = _layout(file, path.stat().st_size)
+                header = read_header(file, path.stat().st_size)
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"'{path}' is damaged: {error}.") from error
             # Copy on write: torch wants memory that it could write to.
             self._memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
-        self.metadata: dict[str, str] = layout.pop("__metadata__", {})
+        self.metadata = header.metadata
         self._tensors = {
-            name: self._view(_DTYPES[entry["dtype"]], entry["shape"], start, *entry["data_offsets"])
-            for name, entry in layout.items()
+            name: self._view(entry, header.size) for name, entry in header.entries.items()
         }
 
-    def _view(
-        self, dtype: torch.dtype, shape: Sequence[int], start: int, first: int, end: int
-    ) -> Tensor:
-        values = self._bytes[start + first : start + end]
-        if int(values.storage_offset()) % dtype.itemsize:
+    def _view(self, entry: Entry, start: int) -> Tensor:
+        values = self._bytes[start + entry.start : start + entry.end]
+        if int(values.storage_offset()) % entry.dtype.itemsize:
             values = values.clone()  # another program's file, where elements lie anywhere
-        return values.view(dtype).reshape(shape)
+        return values.view(entry.dtype).reshape(entry.shape)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -131,31 +145,45 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def _layout(file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
-    """What the header says, and where the tensors begin; a ValueError says what is wrong."""
-    length = int.from_bytes(file.read(8), "little")
-    if not 2 <= length <= min(size - 8, _LONGEST_HEADER):
+def header_length(first: bytes, most: int = LONGEST_HEADER) -> int:
+    """Bytes of JSON after the first eight of a file; a ValueError if there can't be so many."""
+    length = int.from_bytes(first, "little")
+    if not 2 <= length <= most:
         raise ValueError("it has no header of a safetensors file")
+    return length
+
+
+def read_header(file: BinaryIO, size: int | None = None) -> Header:
+    """What a file says of its tensors; a ValueError says what is wrong.
+
+    Args:
+        file: At its beginning. No more than the header is read.
+        size: Bytes of the whole file, None if nobody knows.
+    """
+    most = LONGEST_HEADER if size is None else min(size - 8, LONGEST_HEADER)
+    length = header_length(file.read(8), most)
     layout = json.loads(file.read(length))
     if not isinstance(layout, dict):
         raise ValueError("its header is not one of a safetensors file")
-    metadata = layout.get("__metadata__", {})
+    metadata = layout.pop("__metadata__", {})
     if not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
         raise ValueError("its metadata are not texts")
+    entries: dict[str, Entry] = {}
     ends = 0
-    entries = [(name, entry) for name, entry in layout.items() if name != "__metadata__"]
-    for name, entry in sorted(entries, key=_offsets):
+    for name, entry in sorted(layout.items(), key=_offsets):
         shape, (start, end) = entry.get("shape"), _offsets((name, entry))
-        if str(entry.get("dtype")) not in _DTYPES:
+        dtype = _DTYPES.get(str(entry.get("dtype")))
+        if dtype is None:
             raise ValueError(f"the tensor {name!r} is of an unknown kind")
         if not (isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)):
             raise ValueError(f"the tensor {name!r} has no shape")
-        if start != ends or end - start != math.prod(shape) * _DTYPES[entry["dtype"]].itemsize:
+        if start != ends or end - start != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"the tensor {name!r} is not where it should be")
         ends = end
-    if 8 + length + ends != size:
+        entries[name] = Entry(dtype, shape, start, end)
+    if size is not None and 8 + length + ends != size:
         raise ValueError(f"it has {size} bytes instead of {8 + length + ends}")
-    return layout, 8 + length
+    return Header(entries, metadata, 8 + length)
 
 
 def _offsets(item: tuple[str, Any]) -> tuple[int, int]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import io
-import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from filelock import FileLock
 from huggingface_hub import constants, hf_hub_url
 from huggingface_hub.file_download import http_get
-from huggingface_hub.utils._headers import build_hf_headers
+from huggingface_hub.utils import build_hf_headers
 
-from pairclip._files import whole_file
+from pairclip._files import Entry, Header, header_length, read_header, whole_file, write_header
 
 VARIANT = "image_tower"  # what `transformers` calls other weights of one model: "fp16", say
 PART, WHOLE = f"model.{VARIANT}.safetensors", "model.safetensors"
@@ -62,17 +62,19 @@ def fetch_part(name: str, folder: Path, prefixes: tuple[str, ...]) -> bool:
         if (folder / PART).is_file():
             return True
         try:
-            entries, start, total = _header(url)
-            wanted = [entry for entry in entries if entry[0].startswith(prefixes)]
+            header = _header(name, url)
+            wanted = {n: entry for n, entry in header.entries.items() if n.startswith(prefixes)}
             with whole_file(folder / PART) as file:
-                _write_header(file, wanted)
-                for first, end in _runs(wanted):
-                    _get(url, file, start + first, end - first)
+                layout = {n: (entry.dtype, entry.shape) for n, entry in wanted.items()}
+                write_header(file, layout, {"format": "pt"})
+                for start, end in _runs(wanted.values()):
+                    _get(url, file, header.size + start, end - start)
         except _NoRangesError:
             return False
-    size = (folder / PART).stat().st_size
+    fetched = (folder / PART).stat().st_size
+    total = header.size + max((entry.end for entry in header.entries.values()), default=0)
     print(
-        f"'{name}': fetched its image tower, {size / 1e6:,.1f} MB of {total / 1e6:,.1f}.",
+        f"'{name}': fetched its image tower, {fetched / 1e6:,.1f} MB of {total / 1e6:,.1f}.",
         file=sys.stderr,
     )
     return True
@@ -84,37 +86,23 @@ def _get(url: str, file: BinaryIO, start: int, size: int) -> None:
     http_get(url, piece, headers=headers, expected_size=size, displayed_filename=PART)
 
 
-def _header(url: str) -> tuple[list[tuple[str, dict[str, Any]]], int, int]:
-    """Tensors in the order in which they lie, where they begin, and the bytes of the file."""
-    first, file = io.BytesIO(), io.BytesIO()
-    _get(url, first, 0, 8)
-    length = int.from_bytes(first.getvalue(), "little")
-    _get(url, file, 8, length)
-    header = json.loads(file.getvalue())
-    header.pop("__metadata__", None)
-    entries = sorted(header.items(), key=lambda entry: entry[1]["data_offsets"][0])
-    return entries, 8 + length, 8 + length + entries[-1][1]["data_offsets"][1]
+def _header(name: str, url: str) -> Header:
+    file = io.BytesIO()
+    _get(url, file, 0, 8)
+    try:
+        _get(url, file, 8, header_length(file.getvalue()))
+        file.seek(0)
+        return read_header(file)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{WHOLE} of '{name}' on the hub is damaged: {error}.") from error
 
 
-def _write_header(file: BinaryIO, entries: list[tuple[str, dict[str, Any]]]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, entry in entries:
-        first, last = entry["data_offsets"]
-        start, end = end, end + last - first
-        header[name] = {**entry, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-
-
-def _runs(entries: list[tuple[str, dict[str, Any]]]) -> list[tuple[int, int]]:
+def _runs(entries: Iterable[Entry]) -> list[tuple[int, int]]:
     """From where to where tensors lie without one of others between them."""
-    runs: list[list[int]] = []
-    for _, entry in entries:
-        first, end = entry["data_offsets"]
-        if runs and runs[-1][1] == first:
-            runs[-1][1] = end
+    runs: list[tuple[int, int]] = []
+    for entry in entries:
+        if runs and runs[-1][1] == entry.start:
+            runs[-1] = (runs[-1][0], entry.end)
         else:
-            runs.append([first, end])
-    return [(first, end) for first, end in runs]
+            runs.append((entry.start, entry.end))
+    return runs
