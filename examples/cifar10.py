@@ -93,7 +93,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict[str, Any] | None:
     """Do the work for parsed arguments."""
     tune.check(args)
     note = None
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
         split = data.open_split("--data", args.data, args)
     else:
         split, load = cifar10(args, load)
-    tune.tune(args, split, load, note)
+    return tune.tune(args, split, load, note)
 
 
 def cifar10(args: argparse.Namespace, load: Any) -> tuple[data.Split, Any]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from pairclip.command import index, search
 from pairclip.command.arguments import (
@@ -59,7 +60,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Index the folder or use its index, search, print and write a page."""
     if args.offline:
         print(f"OFFLINE: {OFFLINE_NOTE}.", file=sys.stderr)
@@ -68,9 +69,9 @@ def run(args: argparse.Namespace) -> None:
     # Before the indexing, which may take long.
     search.check_queries([args.query])
     settings = vars(args)
-    index.run(argparse.Namespace(**settings | {"output": args.output / "index", "json": False}))
+    index.run(argparse.Namespace(**settings | {"output": args.output / "index"}))
     places = {"index": args.output / "index", "queries": [args.query], "html": args.output}
-    search.run(argparse.Namespace(**settings | places | {"model": None}))
+    return search.run(argparse.Namespace(**settings | places | {"model": None}))
 
 
 def offline_images(folder: Path) -> tuple[Path, Path]:

@@ -204,6 +204,10 @@ def test_index_and_search(
     assert str(model) in html
     assert run("search", index, queries[0], "--min-score", 1) == 0
     assert "Nothing." in capsys.readouterr().out
+    for content in ("{}", "[]", "dam"):
+        (index / "contents.json").write_text(content)
+        assert run("search", index, queries[0]) == 1
+        assert f"error: '{index}/contents.json' is damaged: it is not" in capsys.readouterr().err
 
 
 def test_evaluate_searches_a_gallery(

@@ -1,6 +1,7 @@
 """The search example, called within this process."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 from types import ModuleType
@@ -75,6 +76,13 @@ def test_a_folder_is_indexed_searched_and_the_index_used_again(
     assert "Nothing has changed since they were indexed." in second
     assert "LEFT OUT: 1 images can't be read." in second
     assert found_in(second) == found_in(first)
+
+    arguments = [folder, folder.parent / "query.png", "--model", model, "--output", output]
+    assert example.main([*map(str, arguments), "-k", "2", "--json"]) == 0
+    printed, said = capsys.readouterr()
+    (answer,) = json.loads(printed)
+    assert [Path(match["path"]).name for match in answer["matches"]] == found_in(first)
+    assert "Nothing has changed since they were indexed." in said
 
     (folder / "deep" / "blue.png").unlink()
     third = search(folder / "red.png", 9)

@@ -107,6 +107,16 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_page(parser: argparse.ArgumentParser, what: str) -> None:
+    """Let the parser take where a page goes, and whether it replaces the `what` that is there."""
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="write a page there (default: print alone)"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help=f"replace the {what} that is in OUTPUT"
+    )
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Let the parser take `--json`."""
     parser.add_argument(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
+from typing import Any
 
 from pairclip.command import data, outputs
 from pairclip.command.arguments import (
@@ -13,6 +12,7 @@ from pairclip.command.arguments import (
     add_json,
     add_loading,
     add_model,
+    add_page,
     add_table_columns,
     number,
 )
@@ -30,12 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "a tower that looks for wrong labels (default: none, which doesn't look for them)",
         metavar="ID_OR_FOLDER",
     )
-    parser.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="write a page there (default: print alone)"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace the check that is in OUTPUT"
-    )
+    add_page(parser, "check")
     parser.add_argument(
         "--write-clean",
         type=Path,
@@ -62,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """Do what the arguments say."""
     import pairclip
     from pairclip.report import write_check_report
@@ -72,7 +67,6 @@ def run(args: argparse.Namespace) -> None:
     clean = args.write_clean
     if clean is not None and (clean.suffix.lower() != ".csv" or clean.is_dir()):
         raise ValueError(f"--write-clean '{clean}' must be a file that ends in .csv.")
-    file = sys.stderr if args.json else sys.stdout
     parts = data.open_parts("DATA", args.data, args)
     tower = None if args.model is None else load_model("--model", args.model)
     if args.output is not None:
@@ -85,16 +79,15 @@ def run(args: argparse.Namespace) -> None:
         batch_size=args.embed_batch_size,
         num_workers=args.num_workers,
     )
-    print(check.to_text(), file=file)
+    print(check.to_text())
     if tower is None:
-        print("\nLabels were not looked at: that needs a --model.", file=file)
+        print("\nLabels were not looked at: that needs a --model.")
     if args.output is not None:
         outputs.write_json(args.output / "check.json", check.to_dict())
         page = write_check_report(args.output, check, note=f"The images of {args.data}.")
-        print(f"\nTo look at: {page}", file=file)
+        print(f"\nTo look at: {page}")
     if clean is not None:
         clean.parent.mkdir(parents=True, exist_ok=True)
         left = check.write_clean(clean)
-        print(f"\n{left:,} of {len(check.items):,} images are in {clean}.", file=file)
-    if args.json:
-        print(json.dumps(check.to_dict()))
+        print(f"\n{left:,} of {len(check.items):,} images are in {clean}.")
+    return check.to_dict()

@@ -69,14 +69,11 @@ def open_images(
         )
     if path.is_file():
         return pairclip.LabelledImages(_table(path, args))
-    folder = path / (split or (parts[0] if parts else ""))
-    _check_classes(name, folder)
-    return pairclip.LabelledImages(str(folder))
+    return _open_folder(name, path / (split or (parts[0] if parts else "")))
 
 
 def open_split(name: str, path: Path, args: argparse.Namespace) -> Split:
     """A dataset in two parts: its own train and test, or a random share of each class held out."""
-    _check(name, path)
     parts = open_parts(name, path, args)
     names = list(parts)
     if names[0] == "train" and len(names) > 1:
@@ -90,7 +87,20 @@ def open_split(name: str, path: Path, args: argparse.Namespace) -> Split:
 
 def split_at_random(images: pairclip.LabelledImages, args: argparse.Namespace) -> Split:
     """Hold out --test-fraction of each class, then what else the arguments say."""
-    return divide(*_random_parts(images, args), args)
+    labels = images.labels.numpy()
+    generator = np.random.default_rng(args.seed)
+    train, test = [], []
+    for label in np.unique(labels):
+        rows = generator.permutation(np.flatnonzero(labels == label))
+        # A class of one image can't be searched for, so it is trained on.
+        count = min(max(1, round(args.test_fraction * len(rows))), len(rows) - 1)
+        test.append(rows[:count])
+        train.append(rows[count:])
+    said = f"{args.test_fraction:.0%} of each class held out at random (seed {args.seed})"
+    train_rows, test_rows = (np.sort(np.concatenate(each)).tolist() for each in (train, test))
+    if not test_rows:
+        raise ValueError("Each class has one image alone, so none can be held out to evaluate on.")
+    return divide(_subset(images, train_rows), _subset(images, test_rows), said, args)
 
 
 def open_parts(
@@ -99,14 +109,10 @@ def open_parts(
     """All images by the name of their part, undivided where there are no parts."""
     _check(name, path)
     if path.is_file():
-        tables = _table_parts(path, args)
-        if tables:
-            return {part: pairclip.LabelledImages(table) for part, table in tables.items()}
-        return {"all": open_images(name, path, args)}
-    parts = _parts(path)
-    if not parts:
-        return {"all": open_images(name, path, args)}
-    return {part: open_images(name, path, args, part) for part in parts}
+        tables = _table_parts(path, args) or {"all": _table(path, args)}
+        return {part: pairclip.LabelledImages(table) for part, table in tables.items()}
+    parts = {part: _open_folder(name, path / part) for part in _parts(path)}
+    return parts or {"all": _open_folder(name, path)}
 
 
 def divide(train: Any, test: Any, said: str, args: argparse.Namespace) -> Split:
@@ -172,13 +178,12 @@ def _parts(folder: Path) -> list[str]:
     ]
 
 
-def _check_classes(name: str, folder: Path) -> None:
-    """Raise where there are no class folders: images lie flat, or there are none."""
+def _open_folder(name: str, folder: Path) -> pairclip.LabelledImages:
+    """The images of its class folders; an error where images lie flat, or there are none."""
     from pairclip.datasets import image_files
 
-    entries = [entry for entry in sorted(folder.iterdir()) if not entry.name.startswith((".", "_"))]
-    if any(entry.is_dir() for entry in entries):
-        return
+    if any(entry.is_dir() and entry.name[0] not in "._" for entry in folder.iterdir()):
+        return pairclip.LabelledImages(str(folder))
     if count := len(image_files(folder)):
         raise ValueError(
             f"{name} '{folder}' has {count:,} images but no subfolders, so nothing says their "
@@ -202,26 +207,6 @@ def _table_parts(path: Path, args: argparse.Namespace) -> dict[str, Any]:
         with suppress(ValueError):
             parts[part] = _table(path, args, part)
     return parts
-
-
-def _random_parts(
-    images: pairclip.LabelledImages, args: argparse.Namespace
-) -> tuple[Any, Any, str]:
-    """Hold out --test-fraction of each class."""
-    labels = images.labels.numpy()
-    generator = np.random.default_rng(args.seed)
-    train, test = [], []
-    for label in np.unique(labels):
-        rows = generator.permutation(np.flatnonzero(labels == label))
-        # A class of one image can't be searched for, so it is trained on.
-        count = min(max(1, round(args.test_fraction * len(rows))), len(rows) - 1)
-        test.append(rows[:count])
-        train.append(rows[count:])
-    said = f"{args.test_fraction:.0%} of each class held out at random (seed {args.seed})"
-    train_rows, test_rows = (np.sort(np.concatenate(each)).tolist() for each in (train, test))
-    if not test_rows:
-        raise ValueError("Each class has one image alone, so none can be held out to evaluate on.")
-    return _subset(images, train_rows), _subset(images, test_rows), said
 
 
 def _some_of(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
+from typing import Any
 
 import pairclip
 from pairclip.command import data, outputs
@@ -14,6 +13,7 @@ from pairclip.command.arguments import (
     add_json,
     add_loading,
     add_model,
+    add_page,
     add_table_columns,
     number,
 )
@@ -57,18 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "of the pairs of different classes may be called so: the --min-score of a search (default: "
         "none)",
     )
-    parser.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="write a page there (default: print alone)"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace the evaluation that is in OUTPUT"
-    )
+    add_page(parser, "evaluation")
     add_table_columns(parser)
     add_loading(parser)
     add_json(parser)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """Do what the arguments say."""
     from pairclip._files import plain
 
@@ -101,16 +96,14 @@ def run(args: argparse.Namespace) -> None:
     metrics = after.to_dict()
     if before is not None:
         metrics = {"before": before.to_dict(), "after": metrics}
-    file = sys.stderr if args.json else sys.stdout
-    print(after.to_markdown(before), file=file)
+    print(after.to_markdown(before))
     if chosen is not None:
         metrics["threshold"] = plain(chosen)
         low, high = chosen.false_match_interval
         print(
             f"\nFrom a cosine of {chosen.threshold:.3f} on, {chosen.false_match_rate:.2%} of the "
             f"pairs of different classes match ({low:.2%} to {high:.2%} on other classes like "
-            f"these), and {chosen.match_rate:.1%} of those of one class.",
-            file=file,
+            f"these), and {chosen.match_rate:.1%} of those of one class."
         )
     if args.output is not None:
         note = f"The images of {args.data}"
@@ -128,6 +121,5 @@ def run(args: argparse.Namespace) -> None:
             title="Two towers compared" if before is not None else None,
             note=note,
         )
-        print(f"\nTo look at: {page}", file=file)
-    if args.json:
-        print(json.dumps(metrics))
+        print(f"\nTo look at: {page}")
+    return metrics

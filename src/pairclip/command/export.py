@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """Do what the arguments say."""
     import torch
 
@@ -58,16 +55,10 @@ def run(args: argparse.Namespace) -> None:
         )
     tower = load_model("MODEL", args.model, "cpu")
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    file = sys.stderr if args.json else sys.stdout
     dtype = getattr(torch, args.dtype)
-    with contextlib.redirect_stdout(file):
-        report = (
-            tower.export_onnx(args.output, dtype=dtype)
-            if onnx
-            else _save(tower, args.output, args.to, dtype)
-        )
-    if args.json:
-        print(json.dumps(report))
+    if onnx:
+        return tower.export_onnx(args.output, dtype=dtype)
+    return _save(tower, args.output, args.to, dtype)
 
 
 def _save(tower: Any, folder: Path, library: str, dtype: Any) -> dict[str, Any]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +33,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """Do what the arguments say."""
-    file = sys.stderr if args.json else sys.stdout
     if args.output.exists() and not args.output.is_dir():
         raise ValueError(f"--output '{args.output}' is a file. Give a folder for the index.")
-    files = image_files("FOLDER", args.folder, file)
+    files = image_files("FOLDER", args.folder)
     tower = load_model("MODEL", args.model)
-    index = index_of(files, tower, str(args.model), args.output, args, file)
-    print(f"{len(index):,} images are in the index {args.output}.", file=file)
-    if args.json:
-        left_out = read_contents(args.output)["unreadable"]
-        print(json.dumps({"index": str(args.output), "images": len(index), "unreadable": left_out}))
+    index = index_of(files, tower, str(args.model), args.output, args)
+    print(f"{len(index):,} images are in the index {args.output}.")
+    left_out = read_contents(args.output)["unreadable"]
+    return {"index": str(args.output), "images": len(index), "unreadable": left_out}
 
 
-def image_files(name: str, folder: Path, file: Any) -> dict[str, list[int]]:
+def image_files(name: str, folder: Path) -> dict[str, list[int]]:
     """Size and time of change of each image in a folder, however deep."""
     from pairclip.datasets import image_files as files_of
 
@@ -60,7 +56,7 @@ def image_files(name: str, folder: Path, file: Any) -> dict[str, list[int]]:
     paths = files_of(folder.resolve())
     if not paths:
         raise ValueError(f"{name} '{folder}' has no images.")
-    print(f"{len(paths):,} images in {folder}.", file=file)
+    print(f"{len(paths):,} images in {folder}.")
     stats = [(path, Path(path).stat()) for path in paths]
     return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats}
 
@@ -71,7 +67,6 @@ def index_of(
     model: str,
     saved: Path,
     args: argparse.Namespace,
-    file: Any,
 ) -> pairclip.ImageIndex:
     """The saved index where files and tower are as they were, else a new one, saved."""
     if (saved / CONTENTS).is_file():
@@ -80,15 +75,15 @@ def index_of(
             before = read_contents(saved)
             if before["files"] != files:
                 raise ValueError("The images are not those that were indexed.")
-            print("Nothing has changed since they were indexed.", file=file)
-            _say_unreadable(before["unreadable"], file)
+            print("Nothing has changed since they were indexed.")
+            _say_unreadable(before["unreadable"])
             return index
         except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
-            print(f"Indexing anew, since the saved index can't be used. {error}", file=file)
+            print(f"Indexing anew, since the saved index can't be used. {error}")
         (saved / CONTENTS).unlink()
     problems = pairclip.check_images(([*files], [0] * len(files)), num_workers=args.num_workers)
     unreadable = {str(problem.path): problem.reason for problem in problems}
-    _say_unreadable(unreadable, file)
+    _say_unreadable(unreadable)
     readable = [path for path in files if path not in unreadable]
     if not readable:
         raise ValueError("None of the images can be read.")
@@ -104,18 +99,20 @@ def index_of(
 
 def read_contents(saved: Path) -> dict[str, Any]:
     """What the index was made of."""
-    contents = json.loads((saved / CONTENTS).read_text(encoding="utf-8"))
-    if not isinstance(contents, dict):
-        raise ValueError(f"'{saved / CONTENTS}' is damaged.")
+    from pairclip._files import read_json
+
+    contents = read_json(saved / CONTENTS)
+    if not (isinstance(contents, dict) and {"model", "files", "unreadable"} <= contents.keys()):
+        raise ValueError(f"'{saved / CONTENTS}' is damaged: it is not what `pairclip index` wrote.")
     return contents
 
 
-def _say_unreadable(problems: dict[str, str], file: Any) -> None:
+def _say_unreadable(problems: dict[str, str]) -> None:
     """Name the images that are left out."""
     if problems:
-        print(f"LEFT OUT: {len(problems):,} images can't be read.", file=file)
+        print(f"LEFT OUT: {len(problems):,} images can't be read.")
     for path, problem in list(problems.items())[:_SHOWN_PROBLEMS]:
-        print(f"  {path!r}: {problem}", file=file)
+        print(f"  {path!r}: {problem}")
     if len(problems) > _SHOWN_PROBLEMS:
         more = len(problems) - _SHOWN_PROBLEMS
-        print(f"  and {more:,} more, listed in {CONTENTS} of the index", file=file)
+        print(f"  and {more:,} more, listed in {CONTENTS} of the index")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
 import sys
 import warnings
@@ -39,41 +41,36 @@ def parser() -> argparse.ArgumentParser:
     return whole
 
 
-def obey(run: Callable[[Any], None], args: argparse.Namespace) -> int:
+def obey(run: Callable[[Any], Any], args: argparse.Namespace) -> int:
     """Run with these arguments, in words that fit a command line.
 
     Args:
-        run: What to do.
+        run: What to do; what it returns is printed with `--json`.
         args: Handed to it.
 
     Returns:
         The exit code.
     """
+    as_json = getattr(args, "json", False)
     try:
         with warnings.catch_warnings(), plain_lines():
             warnings.showwarning = _show_warning
-            run(args)
+            with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+                result = run(args)
+            if as_json and result is not None:
+                print(json.dumps(result))
             sys.stdout.flush()
     except KeyboardInterrupt as error:
-        print(f"\nInterrupted.{_more(error)}", file=sys.stderr)
+        print(f"\nInterrupted. {error}".rstrip(" "), file=sys.stderr)
         return _INTERRUPTED
     except BrokenPipeError:
         # The reader had enough; Python would complain again when it flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return _FAILED
     return 0
-
-
-def _more(error: BaseException) -> str:
-    return f" {error}" if str(error) else ""
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text or type(error).__name__
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Do what the arguments say."""
     if not (args.index / CONTENTS).is_file():
         raise ValueError(
@@ -55,15 +54,15 @@ def run(args: argparse.Namespace) -> None:
     tower = load_model("--model", model)
     index = pairclip.ImageIndex.load(args.index, tower)
     answers = [search(index, query, args.k, args.min_score) for query in args.queries]
-    if args.json:
-        print(json.dumps([as_json(*each) for each in zip(args.queries, answers, strict=True)]))
-    else:
-        for query, matches in zip(args.queries, answers, strict=True):
-            say(query, matches)
+    for query, matches in zip(args.queries, answers, strict=True):
+        say(query, matches)
     if args.html is not None:
         page = write_page(args.html, args.queries, answers, len(index), model)
-        if not args.json:
-            print(f"\nTo look at: {page}")
+        print(f"\nTo look at: {page}")
+    return [
+        {"query": str(query), "matches": [{"path": m.path, "score": m.score} for m in matches]}
+        for query, matches in zip(args.queries, answers, strict=True)
+    ]
 
 
 def check_queries(queries: list[Path]) -> None:
@@ -92,12 +91,6 @@ def say(query: Path, matches: list[pairclip.Match]) -> None:
         print(f"{place:4}.  {match.score:.3f}  {match.path!r}")
     if not matches:
         print("Nothing.")
-
-
-def as_json(query: Path, matches: list[pairclip.Match]) -> dict[str, Any]:
-    """A query and what it found."""
-    found = [{"path": match.path, "score": match.score} for match in matches]
-    return {"query": str(query), "matches": found}
 
 
 def write_page(

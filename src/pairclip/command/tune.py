@@ -184,11 +184,13 @@ def add_settings(parser: argparse.ArgumentParser, *, output: Path | None) -> Non
     add("--seed", type=whole_number(0), default=0, metavar="N", help="decides split and batches")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict[str, Any] | None:
     """Do what the arguments say."""
     check(args)
     split = data.open_split("DATA", args.data, args)
-    tune(args, split, lambda device: load_model("--model", args.model, device, args.image_size))
+    return tune(
+        args, split, lambda device: load_model("--model", args.model, device, args.image_size)
+    )
 
 
 def check(args: argparse.Namespace) -> None:

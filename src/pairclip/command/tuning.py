@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import sys
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -24,7 +23,9 @@ RESULTS = (
 )
 
 
-def tune(args: argparse.Namespace, split: Split, load: Any, note: str | None = None) -> None:
+def tune(
+    args: argparse.Namespace, split: Split, load: Any, note: str | None = None
+) -> dict[str, Any] | None:
     """Evaluate, fine-tune, evaluate again, and write what changed.
 
     Args:
@@ -33,11 +34,14 @@ def tune(args: argparse.Namespace, split: Split, load: Any, note: str | None = N
         load: Gives the tower on a device.
         note: A sentence for pages and pictures on what these images and the tower are.
 
+    Returns:
+        The metrics before and after; None if nothing was trained, or another process has them.
+
     Raises:
         KeyboardInterrupt: After Ctrl-C, in words on how it goes on.
     """
     try:
-        _tune(args, split, load, note)
+        return _tune(args, split, load, note)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             "The same command continues from the last checkpoint."
@@ -46,12 +50,14 @@ def tune(args: argparse.Namespace, split: Split, load: Any, note: str | None = N
         ) from None
 
 
-def _tune(args: argparse.Namespace, split: Split, load: Any, note: str | None) -> None:
+def _tune(
+    args: argparse.Namespace, split: Split, load: Any, note: str | None
+) -> dict[str, Any] | None:
     import torch
     from accelerate import Accelerator
 
     process = Accelerator()  # one of several under `accelerate launch`
-    say = _printer(args, quiet=not process.is_main_process)
+    say: Any = partial(process.print, flush=True)  # by the main one alone
     torch.manual_seed(args.seed)
     tower = load(process.device)
     if args.learning_rate is None:
@@ -67,7 +73,7 @@ def _tune(args: argparse.Namespace, split: Split, load: Any, note: str | None) -
     say(f"{counts}: {split.said}.")
     about = f"The tower {args.model}. {counts}: {split.said}." + (f" {note}." if note else "")
     if args.compare and not _compare(tower, split, args, process.num_processes, say):
-        return
+        return None
     if args.train_blocks is not None:
         tower.freeze(all_but_last=args.train_blocks)
     untouched = copy.deepcopy(tower) if args.blend < 1 else None
@@ -95,6 +101,7 @@ def _tune(args: argparse.Namespace, split: Split, load: Any, note: str | None) -
     # All processes embed together.
     after = pairclip.evaluate(tower, split.test, also=also, **loading)
     similarity["after"] = pairclip.similarity_matrix(pairclip.embed_images(tower, pictures))
+    metrics = None
     if process.is_main_process:
         metrics = {"before": before.to_dict(), "after": after.to_dict()}
         outputs.write_json(args.output / "metrics.json", metrics)
@@ -110,11 +117,10 @@ def _tune(args: argparse.Namespace, split: Split, load: Any, note: str | None) -
         )
         _draw(args.output, before, after, history, pictures, similarity, note, say)
         say(f"\nThe tuned tower and the results are in {args.output}. Open {page} to see it all.")
-        if args.json:
-            print(json.dumps(metrics))
     # A process that ends while another still works takes that one with it.
     process.wait_for_everyone()
     process.end_training()
+    return metrics
 
 
 def _compare(
@@ -123,7 +129,7 @@ def _compare(
     """Try several recipes, and write the best one over the arguments; False if none is worth it."""
     if processes > 1:
         raise ValueError(f"--compare works in one process, got {processes}.")
-    keep = None if args.keep is None else list(image_files("--keep", args.keep, sys.stderr))
+    keep = None if args.keep is None else list(image_files("--keep", args.keep))
     comparison = pairclip.compare_recipes(
         tower,
         split.train,
@@ -148,11 +154,6 @@ def _compare(
     if not best.keep_share:
         args.keep = None
     return True
-
-
-def _printer(args: argparse.Namespace, *, quiet: bool) -> Any:
-    file = sys.stderr if args.json else sys.stdout
-    return lambda text: None if quiet else print(text, file=file, flush=True)
 
 
 def _prepare(
@@ -180,7 +181,7 @@ def _prepare(
         if args.preserve_embeddings:
             loss = pairclip.PreservingLoss(loss, weight=args.preserve_embeddings)
         if args.keep is not None:
-            options["keep"] = list(image_files("--keep", args.keep, sys.stderr))
+            options["keep"] = list(image_files("--keep", args.keep))
         options["batch_size"] = args.batch_size
     if args.resume:
         options |= {"checkpoint_dir": args.output / "checkpoints", "resume": True}
