@@ -8,7 +8,7 @@ from PIL import Image
 from pairclip.evaluation import Evaluation
 from pairclip.evaluation.showing import Alike, Shown, alike
 from pairclip.report.html import Html, element, section
-from pairclip.report.thumbnails import data_uri
+from pairclip.report.thumbnails import picture
 from pairclip.saliency import PairSaliency, occlusion_saliency
 from pairclip.towers import VisionTower
 
@@ -51,15 +51,12 @@ def _image(image: Image.Image, caption: str, saliency: PairSaliency) -> Html:
     fall = float(saliency.falls.max())
     return element(
         "figure",
-        _picture(image, caption),
-        _picture(highlighted(image, saliency.falls.numpy()), f"{caption}: the parts that count"),
+        picture(_enlarged(image), _SIDE, caption),
+        picture(
+            highlighted(image, saliency.falls.numpy()), _SIDE, f"{caption}: the parts that count"
+        ),
         element("figcaption", caption, element("small", f"falls by up to {max(fall, 0):.2f}")),
     )
-
-
-def _picture(image: Image.Image, text: str) -> Html:
-    uri, width, height = data_uri(_enlarged(image), _SIDE)
-    return element("img", src=uri, width=width, height=height, alt=text)
 
 
 def _enlarged(image: Image.Image) -> Image.Image:
@@ -71,9 +68,9 @@ def _enlarged(image: Image.Image) -> Image.Image:
 def highlighted(image: Image.Image, falls: np.ndarray) -> Image.Image:
     """The image, bright where the similarity falls and dark elsewhere."""
     weights = falls.clip(0) / max(float(falls.max()), _FAINT)
-    picture = _enlarged(image)
+    bright = _enlarged(image)
     mask = Image.fromarray((255 * weights).round().astype(np.uint8)).resize(
-        picture.size, Image.Resampling.BICUBIC
+        bright.size, Image.Resampling.BICUBIC
     )
-    dark = picture.convert("L").point(lambda value: value // 4).convert("RGB")
-    return Image.composite(picture, dark, mask)
+    dark = bright.convert("L").point(lambda value: value // 4).convert("RGB")
+    return Image.composite(bright, dark, mask)

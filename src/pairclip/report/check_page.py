@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pairclip import _files
 from pairclip.collection import Check, Finding
-from pairclip.report.html import Html, element, page, section, table
+from pairclip.report.html import Html, element, section, table, write_page
 from pairclip.report.thumbnails import Thumbnails
 
 _MOST = 40
@@ -61,10 +60,7 @@ def write_check_report(
     thumbnails = Thumbnails()
     kinds = [_kind(kind, findings, check, thumbnails) for kind, findings in check.findings.items()]
     content = [section("In short", _counts(check)), *kinds, thumbnails.stored()]
-    path = Path(folder) / "check.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _files.write_text(path, page(title, *content, note=note))
-    return path
+    return write_page(folder, "check.html", title, *content, note=note)
 
 
 def _counts(check: Check) -> Html:

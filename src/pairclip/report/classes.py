@@ -25,8 +25,9 @@ def heatmaps(evaluations: dict[str, Evaluation]) -> Html:
     similarity = compared[clearest].class_similarity[np.ix_(places, places)]
     order = places[similarity_order(similarity)]
     total = len(compared[0].class_names)
-    which = "The classes" if len(order) == total else f"{len(order)} of {total} classes, those "
-    which += "" if len(order) == total else "with the most similar others,"
+    which = "The classes"
+    if len(order) < total:
+        which = f"{len(order)} of {total} classes, those with the most similar others,"
     return element(
         "div",
         element(

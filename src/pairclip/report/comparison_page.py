@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pairclip import _files
 from pairclip.evaluation import Evaluation
 from pairclip.evaluation.showing import images_of
 from pairclip.finetuner import History
@@ -14,7 +13,7 @@ from pairclip.report.alike import alike_images
 from pairclip.report.charts import pair_histograms, training
 from pairclip.report.classes import class_table, confused_classes, heatmaps
 from pairclip.report.gallery import query_gallery
-from pairclip.report.html import Html, element, page, section
+from pairclip.report.html import Html, element, section, write_page
 from pairclip.report.metrics import meanings, metrics_table, summary
 from pairclip.towers import VisionTower
 
@@ -99,10 +98,7 @@ def write_report(
         section("Class by class", class_table(before, after)),
         section("Training", training(history)) if history is not None and history.steps else None,
     ]
-    path = Path(folder) / "report.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _files.write_text(path, page(title or heading, *content, note=note))
-    return path
+    return write_page(folder, "report.html", title or heading, *content, note=note)
 
 
 def _summaries(before: Evaluation | None, after: Evaluation) -> list[Html]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+import os
 from collections.abc import Iterable, Sequence
 from importlib import resources
+from pathlib import Path
 
-from pairclip import __version__
+from pairclip import __version__, _files
 from pairclip.report.colors import heat_styles
 
 
@@ -106,6 +108,20 @@ def page(title: str, *content: str | None, note: str | None = None) -> str:
         element("script", Html(script)),
     )
     return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
+
+
+def write_page(
+    folder: str | os.PathLike[str],
+    name: str,
+    title: str,
+    *content: str | None,
+    note: str | None = None,
+) -> Path:
+    """Write the whole page into a folder, made if it isn't there; its path."""
+    path = Path(folder) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _files.write_text(path, page(title, *content, note=note))
+    return path
 
 
 def _escaped(text: str) -> str:

@@ -10,9 +10,8 @@ from urllib.parse import quote
 
 from PIL import Image
 
-from pairclip import _files
-from pairclip.report.html import Html, element, page, section
-from pairclip.report.thumbnails import data_uri
+from pairclip.report.html import Html, element, section, write_page
+from pairclip.report.thumbnails import picture
 
 _SIDE = 192
 
@@ -88,11 +87,8 @@ def write_searches(
     note: str | None = None,
 ) -> Path:
     """Write several queries and what was found for each as ``search.html``."""
-    path = Path(folder) / "search.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = [part for search in searches for part in _parts(search, path.parent.resolve())]
-    _files.write_text(path, page(title, *content, note=note))
-    return path
+    content = [part for search in searches for part in _parts(search, Path(folder).resolve())]
+    return write_page(folder, "search.html", title, *content, note=note)
 
 
 def _text(path: str | os.PathLike[str] | None) -> str | None:
@@ -107,13 +103,17 @@ def _parts(search: Search, folder: Path) -> tuple[Html, Html]:
             "li",
             element(
                 "figure",
-                _linked(_picture(result.image, result.caption), result.path, folder),
-                _caption(result.caption, result.score),
+                _linked(picture(result.image, _SIDE, result.caption), result.path, folder),
+                element(
+                    "figcaption",
+                    element("span", result.caption, class_="name", title=result.caption),
+                    element("small", f"{result.score:.3f}"),
+                ),
             ),
         )
         for result in search.results
     ]
-    query = _linked(_picture(search.query, "the query image"), search.path, folder)
+    query = _linked(picture(search.query, _SIDE, "the query image"), search.path, folder)
     where = None if search.path is None else element("p", search.path, class_="intro")
     return (
         section("Searched for", element("figure", query, class_="searched"), where),
@@ -121,26 +121,13 @@ def _parts(search: Search, folder: Path) -> tuple[Html, Html]:
     )
 
 
-def _linked(picture: Html, path: str | None, folder: Path) -> Html:
-    """The picture as a link to its file, relative to the page, so that both can move together."""
+def _linked(image: Html, path: str | None, folder: Path) -> Html:
+    """The image as a link to its file, relative to the page, so that both can move together."""
     if path is None:
-        return picture
+        return image
     try:
         target = os.path.relpath(Path(path).resolve(), folder)
     except ValueError:  # another drive
-        return element("a", picture, href=Path(path).resolve().as_uri())
+        return element("a", image, href=Path(path).resolve().as_uri())
     address = "/".join(quote(os.fsencode(part), safe="") for part in Path(target).parts)
-    return element("a", picture, href=address)
-
-
-def _picture(image: Image.Image, text: str) -> Html:
-    uri, width, height = data_uri(image, _SIDE)
-    return element("img", src=uri, width=width, height=height, alt=text)
-
-
-def _caption(caption: str, score: float) -> Html:
-    return element(
-        "figcaption",
-        element("span", caption, class_="name", title=caption),
-        element("small", f"{score:.3f}"),
-    )
+    return element("a", image, href=address)

@@ -23,6 +23,12 @@ def data_uri(image: Image.Image, side: int) -> tuple[str, int, int]:
     return f"data:image/{kind};base64,{data}", *small.size
 
 
+def picture(image: Image.Image, side: int, text: str) -> Html:
+    """A small copy of an image, and what it says to those who don't see it."""
+    uri, width, height = data_uri(image, side)
+    return element("img", src=uri, width=width, height=height, alt=text)
+
+
 class Thumbnails:
     """Images that are shown in several places and stored in one."""
 
