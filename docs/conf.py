@@ -53,12 +53,12 @@ nitpicky = True
 nitpick_ignore = {
     ("py:class", name)
     for name in (
+        "Body",
         "Negatives",
         "OptimizerFactory",
         "Precision",
         "Reduction",
         "Schedule",
-        "Stored",
         "pairclip.datasets.stream_items.StreamPlace",
         "pairclip.finetuner.batches.BatchSampler",
         "pairclip.index.faiss.Searchable",

@@ -379,6 +379,28 @@ def test_an_exported_tower_computes_the_same(dtype: torch.dtype, tmp_path: Path)
         tower.export_onnx(tmp_path / "tower.onnx", dtype=torch.bfloat16)
 
 
+def test_a_tower_without_weights_is_exported(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    # It leaves the size to the images.
+    tower = load_tower(nn.Flatten(), image_processor=transforms.ToTensor())
+    assert tower.export_onnx(tmp_path / "tower.onnx")["parity"]["largest_difference"] == 0
+
+
+def test_a_model_whose_first_weights_are_integers_computes_in_the_type_of_the_others() -> None:
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.packed = nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
+            self.linear = nn.Linear(48, 8).bfloat16()
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.linear(images.flatten(1))
+
+    resize = transforms.Compose([transforms.Resize((4, 4)), transforms.ToTensor()])
+    assert load_tower(Packed(), image_processor=resize).embedding_dim == 8
+
+
 def test_a_half_that_onnxruntime_crashes_on_is_refused_with_words(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     with pytest.raises(NotImplementedError, match=r"onnxruntime .* can't open a Some in float16"):

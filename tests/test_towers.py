@@ -572,7 +572,7 @@ def test_pickles_are_never_loaded(index: bool, folder: Path, tmp_path: Path) -> 
     if index:
         names = {"metadata": {}, "weight_map": dict.fromkeys(weights, "pytorch_model.bin")}
         (folder / "model.safetensors.index.json").write_text(json.dumps(names))
-    message = r"(is missing|index\.json names)\. It has pickled.*never loaded.*save_pretrained\(fol"
+    message = r"(is missing|index\.json names)\. Its pickled.*never loaded.*save_pretrained\(fol"
     with pytest.raises(FileNotFoundError, match=message):
         load_tower(folder)
     assert not (tmp_path / "exploded").exists()

@@ -1,28 +1,53 @@
-"""A model whose parts are known: what freezing, splitting and rates per layer go by."""
+"""A model whose parts are known, with what identifies it and the forms in which it is written."""
 
 from __future__ import annotations
 
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from pairclip._files import bytes_of
 from pairclip.towers import adapters
 from pairclip.towers.anatomy import Anatomy, examine
+from pairclip.towers.export import export_onnx
+from pairclip.towers.measuring import like
 from pairclip.towers.modes import evaluating
+from pairclip.towers.module_settings import settings_of
+from pairclip.towers.preprocess import described
+from pairclip.towers.saving import save
 
 
 class Body(nn.Module):
-    """An image encoder, and its blocks.
+    """An image encoder with the preprocessing of its images, which together decide an embedding.
 
     Attributes:
         model: What encodes.
+        preprocess: From one PIL image to pixel values.
+        embedding_dim: Size of an embedding.
         image_size: Height and width, in pixels, of the images that it takes.
+        origin: Folder that it was loaded from.
     """
 
-    def __init__(self, model: nn.Module, image_size: int) -> None:
+    origin: Path | None = None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        preprocess: Callable[[Any], Tensor],
+        *,
+        embedding_dim: int,
+        image_size: int,
+    ) -> None:
         super().__init__()
         self.model = model
+        self.preprocess = preprocess
+        self.embedding_dim = embedding_dim
         self.image_size = image_size
         self.training = model.training
 
@@ -49,7 +74,10 @@ class Body(nn.Module):
         known: Anatomy | None = self.__dict__.get("_known")
         if known is None or not known.fits(model):
             # What a gradient reaches is asked, in whatever mode the tower is at this moment.
-            with torch.inference_mode(False), torch.autocast(_device(model), enabled=False):
+            with (
+                torch.inference_mode(False),
+                torch.autocast(like(model).device.type, enabled=False),
+            ):
                 plain = adapters.merged(model)
                 with evaluating(plain):
                     known = examine(plain, self._encode, self._grey(2))
@@ -58,9 +86,7 @@ class Body(nn.Module):
 
     def _grey(self, count: int) -> Tensor:
         """Pixel values of grey images, of the model's type, where the model is."""
-        weights = (*self.model.parameters(), *self.model.buffers())
-        like = next((p for p in weights if p.is_floating_point()), torch.empty(0, device="cpu"))
-        return like.new_zeros(count, 3, self.image_size, self.image_size)
+        return like(self.model).new_zeros(count, 3, self.image_size, self.image_size)
 
     def _depths(self) -> dict[str, int]:
         """How deep each parameter is: 0 before the blocks, i in block i from 1, then one more."""
@@ -82,6 +108,101 @@ class Body(nn.Module):
         """Parameters of the linear map that comes last, or a ValueError that says what does."""
         return self._anatomy().projections(self._bare())
 
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides an embedding: weights, settings and preprocessing.
 
-def _device(model: nn.Module) -> str:
-    return next((parameter.device.type for parameter in model.parameters()), "cpu")
+        The same in every process, on every device and after `save_pretrained` and `load_tower`
+        (which loads in float32). Adapters of PEFT count as merged. A plain transform is known by
+        its ``repr``.
+
+        Returns:
+            64 hexadecimal digits.
+
+        Example:
+            >>> from torch import nn
+            >>> from torchvision import transforms
+            >>> from pairclip import load_tower
+            >>> tower = load_tower(nn.Flatten(), image_processor=transforms.ToTensor())
+            >>> len(tower.fingerprint())
+            64
+        """
+        digest = hashlib.sha256(self.settings().encode())
+        for name, value in sorted(self._merged_weights().items()):
+            digest.update(f"\n{name} {value.dtype} {list(value.shape)}\n".encode())
+            digest.update(bytes_of(value))
+        return digest.hexdigest()
+
+    def _merged_weights(self) -> dict[str, Tensor]:
+        """What `save_pretrained` writes: plain names, with adapters of PEFT merged."""
+        return {
+            self._saved_name(name): value
+            for name, value in adapters.merged(self.model).state_dict().items()
+        }
+
+    def _saved_name(self, name: str) -> str:
+        """What `save_pretrained` calls a weight of the model."""
+        return name
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write a folder that the model's own library and `load_tower` load again.
+
+        A model card, ``README.md``, says how, unless there is one. The projection of a CLIP tower
+        is lost by `AutoModel`, which has no class for it: `CLIPVisionModelWithProjection` has.
+
+        Adapters of PEFT are merged into the weights that are written; the tower keeps them. The
+        folder is there whole or not at all. In one that exists, files of the same name are
+        replaced and others stay. `load_tower` verifies the files by ``pairclip_checksums.json``,
+        which no other library reads; who changes one by hand deletes it.
+
+        Args:
+            folder: Where to write; made if it is missing.
+
+        Raises:
+            FileExistsError: If `folder` is a file.
+            NotImplementedError: If no library loads such a model again.
+        """
+        save(self, folder)
+
+    def _write(self, folder: Path) -> None:
+        """Write the model and what preprocesses its images into an empty folder."""
+        raise NotImplementedError(
+            f"A tower around {type(self.model).__name__} has no `save_pretrained`: towers of "
+            "transformers, open_clip and timm have it. Save this one with "
+            "`safetensors.torch.save_model(tower, path)`."
+        )
+
+    def export_onnx(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        images: Sequence[Image.Image] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> dict[str, Any]:
+        """Write an ONNX file from pixel values ``[B, 3, H, W]`` to embeddings ``[B, D]``, B free.
+
+        Beside it, in JSON, is how an image is preprocessed and how well onnxruntime agrees with
+        the tower. Needs the extra ``onnx``.
+
+        Args:
+            path: File to write, which ends with ``.onnx``.
+            images: On which they are compared; None takes three of noise.
+            dtype: ``torch.float32`` or ``torch.float16`` of the weights; in and out is float32.
+
+        Returns:
+            What is in the JSON.
+
+        Raises:
+            ValueError: If the embeddings differ by more than 1e-4 of the largest value (2e-2 in
+                float16): nothing is written then.
+            NotImplementedError: If the model can't be traced, or onnxruntime can't open what came
+                of it in float16.
+            ImportError: If onnx or onnxruntime is not installed.
+        """
+        return export_onnx(self, path, images=images, dtype=dtype)
+
+    def settings(self) -> str:
+        """What decides an embedding beside the weights."""
+        return self._model_settings() + described(self.preprocess)
+
+    def _model_settings(self) -> str:
+        return f"{settings_of(adapters.merged(self._bare()))}\n"

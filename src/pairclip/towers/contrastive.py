@@ -14,6 +14,7 @@ class ContrastiveTower(TransformersTower):
     """A tower that is loaded without the texts, and saved as a model of images alone."""
 
     whole_class: ClassVar[Any]
+    saves_whole = False
     parts = ("vision_model.", "visual_projection.")
     deciding = ("hidden_act", "layer_norm_eps", "num_attention_heads", "patch_size", "image_size")
 
@@ -27,12 +28,6 @@ class ContrastiveTower(TransformersTower):
             # The nested one is unused by a whole model, and left at 512 by many.
             vision.projection_dim = config.projection_dim
         return vision
-
-    @classmethod
-    def _of(cls, model: Any, image_processor: Any) -> TransformersTower:
-        tower = super()._of(model, image_processor)
-        tower.whole = ()
-        return tower
 
     @classmethod
     def _image_part(cls, model: Any) -> Any:

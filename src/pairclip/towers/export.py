@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -22,12 +21,13 @@ from torch.onnx.errors import OnnxExporterError
 
 from pairclip._files import whole_file, write_json
 from pairclip.towers import adapters
+from pairclip.towers.measuring import like
 from pairclip.towers.modes import evaluating
 from pairclip.towers.optional import needs
-from pairclip.towers.preprocess import described
+from pairclip.towers.preprocess import described, noise_image
 
 if TYPE_CHECKING:
-    from pairclip.towers.stored import Stored
+    from pairclip.towers.body import Body
 
 _DTYPES = {torch.float32: 1e-4, torch.float16: 2e-2}  # how far embeddings may be apart
 _OPSET = 18
@@ -41,7 +41,7 @@ onnxruntime.InferenceSession(sys.stdin.buffer.read(), providers={_PROVIDERS})
 class _Encoder(nn.Module):
     """The tower as one module from pixel values to embeddings of float32."""
 
-    def __init__(self, tower: Stored, dtype: torch.dtype) -> None:
+    def __init__(self, tower: Body, dtype: torch.dtype) -> None:
         super().__init__()
         self.model = adapters.merged(tower.model)
         self._encode, self._dtype = tower._encode, dtype
@@ -51,7 +51,7 @@ class _Encoder(nn.Module):
 
 
 def export_onnx(
-    tower: Stored,
+    tower: Body,
     path: str | os.PathLike[str],
     *,
     images: Sequence[Image.Image] | None,
@@ -65,10 +65,11 @@ def export_onnx(
     path = Path(path)
     if path.suffix != ".onnx":
         raise ValueError(f"`path` must end with .onnx, got '{path}'.")
-    pixels = torch.stack([tower.preprocess(image) for image in images or _noise()])
+    side = tower.image_size
+    images = images or [noise_image(side, side, seed=seed) for seed in range(3)]
+    pixels = torch.stack([tower.preprocess(image) for image in images])
     with torch.no_grad(), evaluating(tower):
-        like = next(tower.parameters())
-        expected = tower(pixels.to(like.device, like.dtype)).float().cpu()
+        expected = tower(pixels.to(like(tower))).float().cpu()
     content = _graph(tower, pixels, dtype)
     if dtype == torch.float16:
         check_opens(content, type(tower.model).__name__)
@@ -100,33 +101,37 @@ def export_onnx(
     return report
 
 
-def _graph(tower: Stored, pixels: Tensor, dtype: torch.dtype) -> bytes:
+def _graph(tower: Body, pixels: Tensor, dtype: torch.dtype) -> bytes:
     encoder: Any = _Encoder(tower, dtype)
     if dtype != torch.float32 or any(p.dtype != dtype for p in encoder.parameters()):
         encoder = copy.deepcopy(encoder).to(dtype)
     buffer: Any = io.BytesIO()
-    device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
-    with evaluating(encoder), torch.no_grad(), _words(tower), _traceable(), _silent():
-        torch.onnx.export(
-            encoder,
-            (pixels.to(device),),
-            buffer,
-            input_names=["pixel_values"],
-            output_names=["embeddings"],
-            dynamic_axes={"pixel_values": {0: "batch"}, "embeddings": {0: "batch"}},
-            opset_version=_OPSET,
-            dynamo=False,
-        )
+    try:
+        with (
+            evaluating(encoder),
+            torch.no_grad(),
+            _traceable(),
+            contextlib.redirect_stdout(io.StringIO()),  # the graph around what can't be exported
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # of shapes that the tracer takes as constants
+            torch.onnx.export(
+                encoder,
+                (pixels.to(like(encoder).device),),
+                buffer,
+                input_names=["pixel_values"],
+                output_names=["embeddings"],
+                dynamic_axes={"pixel_values": {0: "batch"}, "embeddings": {0: "batch"}},
+                opset_version=_OPSET,
+                dynamo=False,
+            )
+    except (OnnxExporterError, RuntimeError) as error:
+        raise NotImplementedError(
+            f"A {type(tower.model).__name__} can't be exported to ONNX: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
     content: bytes = buffer.getvalue()
     return content
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Without the tracer's warnings, of shapes that it takes as constants."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 @contextmanager
@@ -138,19 +143,6 @@ def _traceable() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-
-
-@contextmanager
-def _words(tower: Stored) -> Iterator[None]:
-    """Say which operator has no counterpart, without the graph around it."""
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    except (OnnxExporterError, RuntimeError) as error:
-        raise NotImplementedError(
-            f"A {type(tower.model).__name__} can't be exported to ONNX: "
-            f"{str(error).strip().splitlines()[0]}"
-        ) from error
 
 
 def check_opens(content: bytes, model: str) -> None:
@@ -173,10 +165,3 @@ def _run(content: bytes, pixels: Tensor) -> Tensor:
     values = pixels.float().numpy()
     session.run(None, {"pixel_values": values[:1]})
     return torch.from_numpy(session.run(None, {"pixel_values": values})[0])
-
-
-def _noise() -> list[Image.Image]:
-    generator = np.random.default_rng(0)
-    return [
-        Image.fromarray(generator.integers(0, 256, (200, 300, 3), dtype=np.uint8)) for _ in range(3)
-    ]

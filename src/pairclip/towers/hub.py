@@ -27,6 +27,10 @@ _WEIGHTS = {
     CONFIG: (WHOLE, INDEX, "model-*-of-*.safetensors"),
     OPEN_CLIP_CONFIG: (OPEN_CLIP_WEIGHTS, "*token*", "vocab*", "merges*", "special*"),
 }
+_IF_TRUSTED = (
+    "If you trust them, load the model in its library, write safetensors with "
+    "`save_pretrained(folder)`, and give that folder."
+)
 _CONVERTED = "adding `safetensors` variant"  # what the conversion bot calls its pull requests
 # What requests, or httpx in later versions of huggingface_hub, raises where a connection breaks.
 _FAILURES: Any = (OSError, *HfHubHTTPError.__bases__)
@@ -77,8 +81,7 @@ def folder_of(
         where = where if revision is None else f"at the revision {revision!r}"
         raise FileNotFoundError(
             f"`source` '{source}' has no safetensors on the hub, {where}. Its pickled "
-            "weights can run code and are never loaded. If you trust them, load the model in its "
-            "library, write safetensors with `save_pretrained(folder)`, and give that folder."
+            f"weights can run code and are never loaded. {_IF_TRUSTED}"
         )
     return weights
 
@@ -94,6 +97,16 @@ def has_weights(folder: Path, kind: str = CONFIG) -> bool:
     # `transformers` would unpickle shards that are not safetensors.
     shards = {*read_json(folder / INDEX).get("weight_map", {}).values()}
     return all(name.endswith(".safetensors") and (folder / name).is_file() for name in shards)
+
+
+def without_weights(folder: Path, file: str = WHOLE) -> FileNotFoundError:
+    """The error for a folder that lacks its weights."""
+    message = f"Folder '{folder}' has no weights: {file} is missing."
+    if (folder / INDEX).is_file():
+        message = f"Folder '{folder}' lacks weights that its {INDEX} names."
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+        message += f" Its pickled weights can run code and are never loaded. {_IF_TRUSTED}"
+    return FileNotFoundError(message)
 
 
 def _described(name: str, revision: str | None) -> Path:

@@ -221,7 +221,7 @@ def _read_model(folder: Path, family: type[TransformersTower]) -> Any:
     else:  # a part of a model, which some versions name only by its class
         config = _model_class(content).config_class.from_pretrained(folder)
     if not hub.has_weights(folder):
-        raise FileNotFoundError(_without_weights(folder))
+        raise hub.without_weights(folder)
     whole = (folder / ranges.WHOLE).is_file() or not (folder / ranges.PART).is_file()
     try:
         model, report = family.vision_class(config).from_pretrained(
@@ -247,16 +247,3 @@ def _read_model(folder: Path, family: type[TransformersTower]) -> Any:
 def _has_image_processor(folder: Path) -> bool:
     own, nested = (folder / name for name in hub.PROCESSORS)
     return own.is_file() or (nested.is_file() and "image_processor" in read_json(nested))
-
-
-def _without_weights(folder: Path) -> str:
-    message = f"Folder '{folder}' has no weights: {ranges.WHOLE} is missing."
-    if (folder / hub.INDEX).is_file():
-        message = f"Folder '{folder}' lacks weights that its {hub.INDEX} names."
-    if any(folder.glob("*.bin")):
-        message += (
-            " It has pickled weights (.bin), which can run code and are never loaded. If you trust "
-            "them, load the folder in `transformers` and write safetensors with "
-            "`save_pretrained(folder)`."
-        )
-    return message

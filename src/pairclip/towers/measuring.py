@@ -7,10 +7,11 @@ from itertools import chain
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from pairclip.towers.modes import evaluating
-from pairclip.towers.preprocess import Preprocess, grey_image
+from pairclip.towers.preprocess import Preprocess
 
 
 def measure(
@@ -26,20 +27,16 @@ def measure(
         raise TypeError(
             f"`image_processor` must be callable, got {type(preprocess.transform).__name__}."
         )
-    pixel_values: Any = preprocess(grey_image(224, 224))
+    pixel_values: Any = preprocess(Image.new("RGB", (224, 224), "grey"))
     shape = list(pixel_values.shape) if isinstance(pixel_values, Tensor) else [0]
     if shape != [3, shape[-1], shape[-1]] or not pixel_values.is_floating_point():
         raise ValueError(
             "The preprocess must turn an image into a float tensor [3, S, S], got "
             f"{_described(pixel_values)}. Resize to a square and end with `ToTensor()`."
         )
-    weights = next(chain(model.parameters(), model.buffers()), pixel_values)
-    inputs = pixel_values[None].to(weights.device)
-    if weights.is_floating_point():
-        inputs = inputs.to(weights.dtype)
     try:
         with torch.no_grad(), evaluating(model):
-            embeddings: Any = encode(model, inputs)
+            embeddings: Any = encode(model, pixel_values[None].to(like(model)))
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         raise ValueError(
             f"{name} could not encode a grey image that its preprocess made {shape}: {error}"
@@ -50,6 +47,14 @@ def measure(
             f"{_described(embeddings)} for one image. Wrap it in a module that returns them alone."
         )
     return embeddings.shape[1], shape[-1]
+
+
+def like(model: nn.Module) -> Tensor:
+    """An empty tensor of the type that a model computes in, where the model is."""
+    # The first weights of a quantised model are integers.
+    weights = chain(model.parameters(), model.buffers())
+    first = next((weight for weight in weights if weight.is_floating_point()), None)
+    return torch.empty(0, device="cpu") if first is None else first.detach().new_empty(0)
 
 
 def first_output(model: nn.Module, pixel_values: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,13 +11,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from pairclip._files import MappedTensors, write_tensors
+from pairclip._files import MappedTensors, read_json, write_json, write_tensors
 from pairclip.towers import adapters
-from pairclip.towers.hub import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS
+from pairclip.towers.hub import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, without_weights
 from pairclip.towers.measuring import first_output
 from pairclip.towers.open_clip_config import config_of
 from pairclip.towers.optional import needs
-from pairclip.towers.resizing import check_image_size, resampled
+from pairclip.towers.resizing import check_image_size, resampled, set_input_size
 from pairclip.towers.vision_tower import VisionTower
 
 _IMAGE = "visual."  # what weights of the image tower begin with in those of a whole model
@@ -61,7 +60,7 @@ class OpenClipTower(VisionTower):
         for path in () if self.origin is None else self.origin.iterdir():
             if path.is_file() and path.suffix in (".json", ".txt", ".model", ".gz"):
                 shutil.copy2(path, folder)
-        (folder / OPEN_CLIP_CONFIG).write_text(json.dumps(config, indent=2), "utf-8")
+        write_json(folder / OPEN_CLIP_CONFIG, config, indent=2)
         images = {_IMAGE + name: value for name, value in self._merged_weights().items()}
         with (folder / OPEN_CLIP_WEIGHTS).open("wb") as file:
             write_tensors(file, {**texts, **images}, {"format": "pt"})
@@ -69,7 +68,7 @@ class OpenClipTower(VisionTower):
     def _rest(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The configuration, and the weights beside those of the image tower."""
         if self.origin is not None:
-            config = json.loads((self.origin / OPEN_CLIP_CONFIG).read_text("utf-8"))
+            config = read_json(self.origin / OPEN_CLIP_CONFIG)
             weights: Mapping[str, Tensor] = MappedTensors(weights_file(self.origin))
         elif self.whole:
             (whole,) = self.whole
@@ -96,7 +95,7 @@ def read(folder: Path) -> Any:
     from open_clip.model import _build_vision_tower
     from open_clip.transform import merge_preprocess_dict
 
-    config = json.loads((folder / OPEN_CLIP_CONFIG).read_text("utf-8"))
+    config = read_json(folder / OPEN_CLIP_CONFIG)
     model_cfg = config["model_cfg"]
     vision = {**model_cfg["vision_cfg"], "timm_model_pretrained": False}
     visual: Any = _build_vision_tower(
@@ -125,10 +124,7 @@ def weights_file(folder: Path) -> Path:
     """
     named = sorted(folder.glob("open_clip*.safetensors")) or sorted(folder.glob("*.safetensors"))
     if not named:
-        raise FileNotFoundError(
-            f"Folder '{folder}' has no weights: {OPEN_CLIP_WEIGHTS} is missing. Pickled weights "
-            "can run code and are never loaded."
-        )
+        raise without_weights(folder, OPEN_CLIP_WEIGHTS)
     return named[0]
 
 
@@ -161,12 +157,7 @@ def _transform(visual: Any) -> Any:
 def _resize(visual: Any, size: int) -> None:
     """Change an image tower in place."""
     if hasattr(visual, "set_input_size"):
-        try:
-            visual.set_input_size((size, size))
-        except (NotImplementedError, AttributeError, AssertionError) as error:
-            raise NotImplementedError(
-                f"`image_size` of this {type(visual).__name__} can't be changed: {error}."
-            ) from error
+        set_input_size(visual, size)
     elif hasattr(visual, "positional_embedding") and hasattr(visual, "grid_size"):
         patch = visual.patch_size[0]
         check_image_size(size, patch)

@@ -155,18 +155,13 @@ def as_bytes(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def noise_image(height: int = 48, width: int = 48) -> Image.Image:
+def noise_image(height: int = 48, width: int = 48, *, seed: int = 0) -> Image.Image:
     """An image with all values of eight bits, the same each time.
 
     It is square: a preprocess may leave it to the images to be of the tower's size.
     """
-    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(values)
-
-
-def grey_image(width: int, height: int) -> Image.Image:
-    """An image to learn from what a preprocess makes of one."""
-    return Image.new("RGB", (width, height), (128, 128, 128))
 
 
 def at_size(image_processor: Any, image_size: int) -> Any:

@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from torch import nn
+from transformers import AutoModel
 
 if TYPE_CHECKING:
-    from pairclip.towers.stored import Stored
+    from pairclip.towers.body import Body
     from pairclip.towers.vision_tower import VisionTower
 
 _TAGS = ("pairclip", "image-embeddings", "image-retrieval", "clip", "metric-learning")
 
 
 def model_card(
-    tower: Stored,
+    tower: Body,
     *,
     base_model: str | None = None,
     dataset: str | None = None,
@@ -82,7 +83,7 @@ def _cell(metrics: Mapping[str, float] | None, name: str) -> str:
     return f" {metrics[name]:.3f}" if metrics and name in metrics else ""
 
 
-def _ways(tower: Stored) -> list[str]:
+def _ways(tower: Body) -> list[str]:
     ways = ['import pairclip\n\ntower = pairclip.load_tower("FOLDER_OR_ID")']
     model: Any = tower._bare()
     kind = type(model)
@@ -162,8 +163,6 @@ def whole_model(tower: VisionTower, source: str | os.PathLike[str] | nn.Module) 
     if isinstance(source, nn.Module):
         model: Any = source
     else:
-        from transformers import AutoModel
-
         model = AutoModel.from_pretrained(source, use_safetensors=True)
     own = dict(model.state_dict())
     weights = tower._merged_weights()

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 from filelock import FileLock
 from huggingface_hub import constants, hf_hub_url
 from huggingface_hub.file_download import http_get
-from huggingface_hub.utils import build_hf_headers
+from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
 from pairclip._files import Entry, Header, header_length, read_header, whole_file, write_header
 

@@ -26,40 +26,56 @@ def check_image_size(image_size: int, patch_size: int) -> None:
 def resize(model: Any, image_size: int) -> None:
     """Change a model in place to take images of another size, and tell all that keeps the size.
 
-    It is built anew at that size, on no device, to learn which tables and numbers differ.
+    It is built at both sizes, on no device, to learn which tables and numbers differ. A model that
+    can't be changed stays as it is.
     """
     config = copy.deepcopy(model.config)
-    getattr(config, "vision_config", config).image_size = image_size
     with torch.device("meta"):
-        anew = type(model)(config)
-    shapes = {name: parameter.shape for name, parameter in anew.named_parameters()}
-    for name, old in list(model.named_parameters()):
-        if shapes[name] != old.shape:
-            owner, _, leaf = name.rpartition(".")
-            new = nn.Parameter(resampled(old.detach(), shapes[name]), old.requires_grad)
-            setattr(model.get_submodule(owner), leaf, new)
-    for name, part in anew.named_modules():
-        _tell(model.get_submodule(name), part, image_size)
+        before = type(model)(copy.deepcopy(config))
+        _of_images(config).image_size = image_size
+        after = type(model)(config)
+    changes: list[tuple[nn.Module, str, Any]] = []
+    for (path, new), old in zip(after.named_modules(), before.modules(), strict=True):
+        part = model.get_submodule(path)
+        for name, value in vars(new).items():
+            if isinstance(value, (int, float, tuple)) and value != vars(old)[name]:
+                changes.append((part, name, value))
+        for name, table in new._parameters.items():
+            if table is not None and table.shape != old._parameters[name].shape:
+                own = part.get_parameter(name)
+                resized = nn.Parameter(resampled(own.detach(), table.shape), own.requires_grad)
+                changes.append((part, name, resized))
+        for name, buffer in new._buffers.items():
+            if buffer is not None and buffer.shape != old._buffers[name].shape:
+                if name != "position_ids":
+                    raise NotImplementedError(
+                        f"`image_size` of a {type(part).__name__} can't be changed: its `{name}` "
+                        "would have another shape."
+                    )
+                ids = torch.arange(buffer.shape[-1], device=part.get_buffer(name).device)
+                changes.append((part, name, ids.expand(buffer.shape)))
+    for part, name, value in changes:
+        setattr(part, name, value)
+    for part in model.modules():
+        if hasattr(part, "config") and hasattr(_of_images(part.config), "image_size"):
+            _of_images(part.config).image_size = image_size
 
 
-def _tell(part: Any, anew: nn.Module, image_size: int) -> None:
-    for name, value in vars(anew).items():
-        if isinstance(value, (int, float, tuple)) and not isinstance(value, bool):
-            part.__dict__[name] = value
-    for name, buffer in anew._buffers.items():
-        own = part._buffers[name]
-        if buffer is not None and own.shape != buffer.shape:
-            if name != "position_ids":
-                raise NotImplementedError(
-                    f"`image_size` of a {type(part).__name__} can't be changed: its `{name}` "
-                    "would have another shape."
-                )
-            ids = torch.arange(buffer.shape[-1], device=own.device)
-            part._buffers[name] = ids.expand(buffer.shape)
-    config: Any = getattr(part, "config", None)
-    config = getattr(config, "vision_config", config)
-    if hasattr(config, "image_size"):
-        config.image_size = image_size
+def _of_images(config: Any) -> Any:
+    return getattr(config, "vision_config", config)
+
+
+def set_input_size(model: Any, image_size: int) -> None:
+    """Change a model of timm, or what open_clip has around one, in place."""
+    try:
+        model.set_input_size((image_size, image_size))
+    except (
+        *(AssertionError, AttributeError, NotImplementedError),
+        *(RuntimeError, TypeError, ValueError),
+    ) as error:
+        raise NotImplementedError(
+            f"`image_size` of a {type(model).__name__} can't be changed to {image_size}: {error}"
+        ) from error
 
 
 def resampled(table: Tensor, shape: torch.Size) -> Tensor:

@@ -18,7 +18,7 @@ from pairclip._files import (
 from pairclip.towers.publishing import model_card
 
 if TYPE_CHECKING:
-    from pairclip.towers.stored import Stored
+    from pairclip.towers.body import Body
 
 # No library looks for a file of this name.
 _CHECKSUMS = "pairclip_checksums.json"
@@ -26,7 +26,7 @@ _FORMAT = 1
 _CARD = "README.md"
 
 
-def save(tower: Stored, folder: str | os.PathLike[str]) -> None:
+def save(tower: Body, folder: str | os.PathLike[str]) -> None:
     """Write as `VisionTower.save_pretrained` says."""
     folder = Path(folder).resolve()  # of a link, what it leads to is replaced
     if folder.is_file():

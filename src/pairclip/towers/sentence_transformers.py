@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import save_file
-
-from pairclip._files import read_json
+from pairclip._files import read_json, write_json, write_tensors
 from pairclip.towers.hub import CONFIG
+from pairclip.towers.ranges import WHOLE
 
 if TYPE_CHECKING:
-    from pairclip.towers.stored import Stored
+    from pairclip.towers.body import Body
 
 _MODULES = "modules.json"
 _PACKAGE = "sentence_transformers.base.modules"
@@ -62,47 +60,37 @@ def _check_nothing_follows(kinds: list[str]) -> None:
         )
 
 
-def describe(tower: Stored, folder: Path) -> None:
+def describe(tower: Body, folder: Path) -> None:
     """Write beside a model what lets `SentenceTransformer(folder)` give the tower's embeddings."""
     model: Any = tower._bare()
     whole = hasattr(model, "get_image_features")
     method = "get_image_features" if whole else "forward"
     of_image = {"method": method, "method_output_name": "pooler_output"}
-    modules = [_module(0, "", f"{_PACKAGE}.transformer.Transformer")]
+    modules = [("", "transformer.Transformer")]
     if hasattr(model, "visual_projection") and not whole:
         # Its AutoModel loads the model without the projection.
-        modules.append(_module(1, "1_Dense", f"{_PACKAGE}.dense.Dense"))
-        weight = tower._merged_weights()["visual_projection.weight"].detach().cpu()
+        modules.append(("1_Dense", "dense.Dense"))
+        weight = tower._merged_weights()["visual_projection.weight"]
         (folder / "1_Dense").mkdir()
-        values = {"linear.weight": weight.contiguous().clone()}
-        save_file(values, folder / "1_Dense" / "model.safetensors")
-        _write(
-            folder / "1_Dense" / "config.json",
-            {
-                "in_features": weight.shape[1],
-                "out_features": weight.shape[0],
-                "bias": False,
-                "activation_function": "torch.nn.modules.linear.Identity",
-            },
-        )
-    _write(folder / _MODULES, modules)
-    _write(
-        folder / "sentence_bert_config.json",
-        {
-            "transformer_task": "feature-extraction",
-            "modality_config": {"image": of_image},
-            "module_output_name": "sentence_embedding",
-        },
-    )
-    _write(
-        folder / "config_sentence_transformers.json",
-        {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine"},
-    )
-
-
-def _module(index: int, path: str, kind: str) -> dict[str, Any]:
-    return {"idx": index, "name": str(index), "path": path, "type": kind}
-
-
-def _write(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+        with (folder / "1_Dense" / WHOLE).open("wb") as file:
+            write_tensors(file, {"linear.weight": weight}, {"format": "pt"})
+        dense = {
+            "in_features": weight.shape[1],
+            "out_features": weight.shape[0],
+            "bias": False,
+            "activation_function": "torch.nn.modules.linear.Identity",
+        }
+        write_json(folder / "1_Dense" / CONFIG, dense, indent=2)
+    listed = [
+        {"idx": index, "name": str(index), "path": path, "type": f"{_PACKAGE}.{kind}"}
+        for index, (path, kind) in enumerate(modules)
+    ]
+    write_json(folder / _MODULES, listed, indent=2)
+    settings = {
+        "transformer_task": "feature-extraction",
+        "modality_config": {"image": of_image},
+        "module_output_name": "sentence_embedding",
+    }
+    write_json(folder / "sentence_bert_config.json", settings, indent=2)
+    kind = {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine"}
+    write_json(folder / "config_sentence_transformers.json", kind, indent=2)

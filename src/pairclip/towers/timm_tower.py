@@ -10,10 +10,11 @@ from torch import nn
 
 from pairclip._files import write_tensors
 from pairclip.towers import adapters
-from pairclip.towers.hub import CONFIG
+from pairclip.towers.hub import CONFIG, without_weights
 from pairclip.towers.measuring import first_output
 from pairclip.towers.optional import needs
 from pairclip.towers.ranges import WHOLE
+from pairclip.towers.resizing import set_input_size
 from pairclip.towers.vision_tower import VisionTower
 
 
@@ -44,7 +45,8 @@ class TimmTower(VisionTower):
         made_for = getattr(getattr(source, "patch_embed", None), "img_size", None)
         size = (3, *made_for) if made_for else None
         if image_size is not None:
-            _resize(source, image_size)
+            if hasattr(source, "set_input_size"):  # a convolutional one takes any size
+                set_input_size(source, image_size)
             size = (3, image_size, image_size)
         data_config = resolve_data_config({"input_size": size} if size else {}, model=source)
         if transform is None:
@@ -70,10 +72,7 @@ def read(folder: Path) -> Any:
     import timm
 
     if not (folder / WHOLE).is_file():
-        raise FileNotFoundError(
-            f"Folder '{folder}' has no weights: {WHOLE} is missing. Pickled weights "
-            "can run code and are never loaded."
-        )
+        raise without_weights(folder)
     try:
         model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
     except (RuntimeError, ValueError, TypeError, SafetensorError) as error:
@@ -83,14 +82,3 @@ def read(folder: Path) -> Any:
     if model.num_classes:
         model.reset_classifier(0)
     return model.float().eval()
-
-
-def _resize(model: Any, size: int) -> None:
-    if not hasattr(model, "set_input_size"):
-        return  # a convolutional one takes any size
-    try:
-        model.set_input_size(img_size=(size, size))
-    except (AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        raise NotImplementedError(
-            f"`image_size` of a {type(model).__name__} can't be changed to {size}: {error}"
-        ) from error

@@ -13,13 +13,15 @@ from typing import Any, ClassVar
 
 import torch
 import transformers
+from PIL import Image
 from torch import Tensor
 from transformers import MODEL_MAPPING, AutoModel, ImageProcessingMixin
 from transformers.utils import logging
 
 from pairclip.towers import resizing, sentence_transformers
+from pairclip.towers.measuring import like
 from pairclip.towers.modes import evaluating
-from pairclip.towers.preprocess import Preprocess, at_size, grey_image
+from pairclip.towers.preprocess import Preprocess, at_size
 from pairclip.towers.vision_tower import VisionTower
 
 # Settings that say where a model comes from or how it runs, not what it gives.
@@ -37,6 +39,7 @@ class TransformersTower(VisionTower):
     # Settings that decide what the same weights give; all of them where none are named.
     deciding: ClassVar[tuple[str, ...]] = ()
     parts: ClassVar[tuple[str, ...]] = ()  # of a whole model those that are loaded, if not all
+    saves_whole: ClassVar[bool] = True  # of a model with texts all, or the image tower alone
     whole: tuple[Any, ...] = ()  # the model that it is a part of; in a tuple, to own nothing
 
     @property
@@ -92,21 +95,16 @@ class TransformersTower(VisionTower):
             _check_output_size(image_processor, size)
         if image_size is not None and image_size != own_size:
             resizing.resize(model, image_size)
-        tower = cls._of(model, image_processor)
+        part = cls._image_part(model)
+        tower: TransformersTower = cls._around(part, image_processor)
+        if part is not model and cls.saves_whole:
+            tower.whole = (model,)
         if hasattr(model, "get_image_features"):
             warnings.warn(
                 f"Training changes only the image tower of this {type(model).__name__}: its texts "
                 "and the tuned images drift apart. Don't compare them after training.",
                 stacklevel=3,
             )
-        return tower
-
-    @classmethod
-    def _of(cls, model: Any, image_processor: Any) -> TransformersTower:
-        part = cls._image_part(model)
-        tower: TransformersTower = cls._around(part, image_processor)
-        if part is not model:
-            tower.whole = (model,)
         return tower
 
     @classmethod
@@ -121,10 +119,9 @@ class TransformersTower(VisionTower):
         ]
         config = getattr(model.config, "vision_config", model.config)
         side = getattr(config, "image_size", 224)
-        like = next(model.parameters())
         try:
             with torch.no_grad(), evaluating(model):
-                cls._encode(model, like.new_zeros(1, 3, side, side))
+                cls._encode(model, like(model).new_zeros(1, 3, side, side))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -214,7 +211,7 @@ def quiet() -> Iterator[None]:
 
 def _check_output_size(image_processor: Any, image_size: int) -> None:
     # Neither square nor of that size, so that a missing resize or crop shows.
-    grey = grey_image(2 * image_size, image_size + 1)
+    grey = Image.new("RGB", (2 * image_size, image_size + 1), "grey")
     height, width = Preprocess(image_processor)(grey).shape[-2:]
     if (height, width) != (image_size, image_size):
         raise ValueError(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from pairclip.towers.clip import CLIPTower
 from pairclip.towers.loading import load_tower
 from pairclip.towers.vision_tower import VisionTower
 
@@ -58,11 +59,7 @@ def random_tower(
         "projection_dim": embedding_dim,
     }
     config = CLIPVisionConfig(**{**sizes, **settings})
-    processor = CLIPImageProcessor(
-        size={"shortest_edge": image_size},
-        crop_size={"height": image_size, "width": image_size},
-    )
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
         model = CLIPVisionModelWithProjection(config).eval()
-    return load_tower(model, image_processor=processor)
+    return load_tower(model, image_processor=CLIPTower.default_image_processor(image_size))

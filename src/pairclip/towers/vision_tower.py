@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from pairclip.towers import adapters, freezing
-from pairclip.towers.measuring import measure
+from pairclip.towers.body import Body
+from pairclip.towers.measuring import like, measure
 from pairclip.towers.modes import evaluating
 from pairclip.towers.preprocess import Preprocess
 from pairclip.towers.splitting import Section, split
-from pairclip.towers.stored import Stored
 
 
-class VisionTower(Stored):
+class VisionTower(Body):
     """An image encoder together with the preprocessing that it was trained with.
 
     Made by `load_tower`. Calling it takes pixel values ``[B, 3, H, W]`` and gives embeddings
@@ -44,18 +44,6 @@ class VisionTower(Stored):
         >>> tower.preprocess(Image.new("L", (40, 30))).shape
         torch.Size([3, 8, 8])
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        preprocess: Callable[[Any], Tensor],
-        *,
-        embedding_dim: int,
-        image_size: int,
-    ) -> None:
-        super().__init__(model, image_size)
-        self.preprocess = preprocess
-        self.embedding_dim = embedding_dim
 
     @classmethod
     def _around(cls, model: nn.Module, transform: Any) -> Any:
@@ -235,7 +223,7 @@ class Head(_Half):
         """Embed features ``[B, ...]``, of any floating-point type, into ``[B, D]``."""
         # What is before the blocks runs on a grey image, of which a batch norm must not learn.
         with evaluating(*self._others, deeply=False):
-            return self._run(features.to(next(self.parameters(), features).dtype))
+            return self._run(features.to(like(self._whole[0]).dtype))
 
     def _halves(self, cut: int) -> tuple[Trunk, Head]:
         """Of the head of a tower that was split before."""
