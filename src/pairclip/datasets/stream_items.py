@@ -126,8 +126,8 @@ def item_of(
             f"{type(item).__name__}."
         )
     image, label = item
-    if isinstance(label, bytes):  # as a WebDataset has it
-        label = label.decode()
+    if isinstance(label, bytes):  # as a WebDataset has it, of a file that may end in a line break
+        label = label.decode().strip()
     if isinstance(label, str):
         label = ids.get(label, int(label) if label.isdecimal() else label)
     if isinstance(label, (Tensor, np.ndarray, np.generic)):

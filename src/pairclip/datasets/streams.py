@@ -172,22 +172,23 @@ class StreamBatches:
     def _from(self, start: StreamPlace, num_batches: int, share: slice) -> Iterator[StreamBatch]:
         epoch, first, digest = start
         while True:
-            place = StreamPlace(epoch, 0, 0)
+            given = 0
             for place, items in self._epoch(epoch):
-                if place.batch > first:
+                if place.batch == first and place.digest != digest:
+                    break
+                given = place.batch
+                if given > first:
                     yield StreamBatch(place, items[share])
                     num_batches -= 1
                     if not num_batches:
                         return
-                elif place.batch == first and place.digest != digest:
-                    break
-            if place.batch <= first > 0:
+            if given < first:
                 raise ValueError(
                     f"`stream` gives other items up to batch {first} of epoch {epoch} than it gave "
                     "before, so a run can't go on there exactly. Let it give the same items in the "
                     "same order each time, or start again in another `checkpoint_dir`."
                 )
-            if not place.batch:
+            if not given:
                 raise ValueError(
                     f"`stream` has no batch in epoch {epoch}. Is it one that can be read only "
                     "once, or of too few classes? Give more items, or train fewer steps."
