@@ -126,7 +126,7 @@ def test_joined_datasets_are_joined_by_the_names_of_their_classes(folder: Path) 
     assert joined.labels.tolist() == [0, 0, 1, 1, 2, 3, 3, 0, 0, 2]
     assert [joined[index][1] for index in (4, 5, 9)] == [2, 3, 2]
     nameless = (sorted(folder.rglob("*.png")), [0, 0, 1, 1, 2])
-    with pytest.raises(ValueError, match=r"Datasets \[1\] have class ids without names"):
+    with pytest.raises(ValueError, match="joined by name, and dataset 1 has none"):
         labels_of(ConcatDataset([one, LabelledImages(nameless)]))
 
 
@@ -266,6 +266,8 @@ def test_names_belong_to_the_ids_of_string_labels() -> None:
     assert labels_of(dataset).tolist() == [1, 0, 1]
     assert class_names_of(dataset) == ["cat", "dog"]
     assert class_names_of(Undecodable(targets=[0, 1, 0], classes=2)) is None
+    with pytest.warns(UserWarning, match=r"`classes` of Undecodable has 2 names, .* from 0 to 2"):
+        assert class_names_of(Undecodable(targets=[0, 2, 1], classes=["cat", "dog"])) is None
 
 
 def test_a_subset_that_changes_its_items_is_asked_for_them(folder: Path) -> None:

@@ -397,8 +397,10 @@ def test_classes_are_joined_by_name() -> None:
     without = torch.tensor([4, 7]), None
     (one, other), names = join_classes(without, without)
     assert (one.tolist(), other.tolist(), names) == ([4, 7], [4, 7], None)
-    with pytest.raises(ValueError, match=r"Datasets \[0\] have class ids without names"):
+    with pytest.raises(ValueError, match="joined by name, and dataset 0 has none"):
         join_classes(without, gallery)
+    with pytest.raises(ValueError, match="dataset 1 has several that are called 'crane'"):
+        join_classes(queries, (torch.tensor([0, 1]), ["crane", "crane"]))
 
 
 # 7. Preprocessing that can't fit
@@ -854,17 +856,26 @@ def test_a_pipe_is_named_and_waits_for_nobody(place: Path) -> None:
     assert len(LabelledImages(place.parent)) == 1
 
 
-def test_drafts_are_smaller_and_nearly_the_same(place: Path) -> None:
+def test_drafts_are_smaller_and_nearly_the_same(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator = np.random.default_rng(0)
     coarse = Image.fromarray(generator.integers(0, 256, (12, 16, 3), dtype=np.uint8))
     coarse.resize((3200, 2400), Image.Resampling.BICUBIC).save(place / "photo.jpg", quality=95)
     exact = LabelledImages(place.parent)[0][0].resize((224, 168), Image.Resampling.BICUBIC)
     for draft_decode, size in ((True, (1600, 1200)), (300, (400, 300)), (False, (3200, 2400))):
         data = LabelledImages(place.parent, draft_decode=draft_decode)
-        assert LabelledImages(data)[0][0].size == size
+        for view in (data, Subset(data, [0]), ConcatDataset([data, data])):
+            assert LabelledImages(view)[0][0].size == size
         small = data[0][0].resize((224, 168), Image.Resampling.BICUBIC)
         difference = np.abs(np.asarray(small, float) - np.asarray(exact, float))
         assert difference.mean() < 1
+    # What only a draft can read is no image to skip.
+    monkeypatch.setattr("pairclip.datasets.reading._MOST_PIXELS", 1_000_000)
+    assert check_images(LabelledImages(place.parent, draft_decode=300)) == []
+    assert len(LabelledImages(place.parent, draft_decode=300, on_error="skip")) == 1
+    with pytest.raises(ValueError, match="`draft_decode` must be at least 1, got 0"):
+        LabelledImages(place.parent, draft_decode=0)
 
 
 def test_a_tower_sees_what_a_person_sees(place: Path, tower: VisionTower) -> None:

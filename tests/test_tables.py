@@ -187,6 +187,16 @@ def test_paths_start_beside_the_table_or_in_the_working_directory(
     assert TableDataset("list.csv", root=folder, **options)[0][0].size == (6, 4)
 
 
+def test_the_first_row_may_lack_its_image(folder: Path) -> None:
+    (folder / "list.csv").write_text("path,label\n,a\n0.png,a\n")
+    frame = pandas.DataFrame({"path": [None, folder / "0.png"], "label": ["a", "a"]})
+    for table in (folder / "list.csv", frame):
+        data = LabelledImages(TableDataset(table, image="path", label="label"))
+        assert data[1][0].size == (6, 4)
+        with pytest.raises(ValueError, match="Image 0 can't be read: there is no image in the row"):
+            data[0]
+
+
 @pytest.mark.parametrize(
     ("table", "options", "error", "message"),
     [

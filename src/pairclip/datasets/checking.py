@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader, Dataset
 from pairclip import _checks
 from pairclip._progress import progress
 from pairclip._randomness import random_state_kept
-from pairclip.datasets.notices import Notices
 from pairclip.datasets.source import Source
 
 _AT_ONCE = 32
+_NAMED = 3  # problems in a message
 Seen = TypeVar("Seen")
 
 
@@ -39,6 +39,13 @@ def problems_of(source: Source, *, num_workers: int = 0) -> list[Problem]:
     """Read every image of a source once, and list those that can't be read."""
     attempts = look_at(source, _nothing, num_workers=num_workers)
     return [problem for problem in attempts if problem is not None]
+
+
+def in_words(problems: Sequence[Problem]) -> str:
+    """The first few problems, and how many more there are."""
+    words = [f"{p.path or f'image {p.index}'}: {p.reason}" for p in problems[:_NAMED]]
+    more = len(problems) - _NAMED
+    return "; ".join(words + [f"and {more:,} more"] * (more > 0))
 
 
 def look_at(
@@ -80,7 +87,6 @@ class _Attempts(Dataset["Seen | Problem"], Generic[Seen]):
 
     def __init__(self, source: Source, look: Callable[[Image.Image, str | None], Seen]) -> None:
         self.source, self.look = source, look
-        self.notices = Notices()
 
     def __len__(self) -> int:
         return len(self.source.labels)
@@ -88,7 +94,7 @@ class _Attempts(Dataset["Seen | Problem"], Generic[Seen]):
     def __getitem__(self, index: int) -> Seen | Problem:
         path = self.source.path(index)
         try:
-            image = self.source.read(index, self.notices)
+            image = self.source.read(index)
         except (ValueError, TypeError) as error:
             reason = str(error.__cause__ or error) or type(error.__cause__).__name__
             return Problem(index, path, reason)

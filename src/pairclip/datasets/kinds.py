@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
@@ -17,6 +18,7 @@ from pairclip.datasets.image_folder import ImageFolderSource
 from pairclip.datasets.labels import join_classes
 from pairclip.datasets.own import OwnSource
 from pairclip.datasets.pairs import PairSource
+from pairclip.datasets.rgb import Say
 from pairclip.datasets.source import Source
 from pairclip.datasets.torchvision import TorchvisionSource
 
@@ -64,6 +66,13 @@ class Composed(Source):
         source, index = self.place(index)
         return source.image(index)
 
+    def decoded(self, index: int, say: Say, shorter_side: int | None) -> Image.Image:
+        """That of the item, as its own source decodes it unless this one says how."""
+        source, index = self.place(index)
+        return source.decoded(
+            index, say, self.shorter_side if shorter_side is None else shorter_side
+        )
+
     def check_label(self, index: int) -> None:
         """That of the item."""
         source, index = self.place(index)
@@ -86,28 +95,33 @@ class Composed(Source):
 
 
 class View(Composed):
-    """Some items of another dataset.
+    """Some items of another dataset, or all of them seen otherwise.
 
     Args:
         dataset: What was given.
         whole: That dataset.
-        indices: The items, int64 ``[N]``, of which negative ones count from the end.
+        indices: The items, int64 ``[N]``, of which negative ones count from the end; None for all.
         classes: Class ids of the whole and their names, where they are other ones.
+        shorter_side: At which its images are decoded, where that is another one.
     """
 
     def __init__(
         self,
         dataset: Any,
         whole: Source,
-        indices: Tensor,
+        indices: Tensor | None = None,
+        *,
         classes: tuple[Tensor, list[str] | None] | None = None,
+        shorter_side: int | None = None,
     ) -> None:
         labels, names = classes or (whole.labels, whole.class_names)
+        if indices is None:
+            indices = torch.arange(len(labels), device="cpu")
         self._whole = whole
         self._indices = torch.where(indices < 0, indices + len(labels), indices)
         super().__init__(dataset, labels[self._indices], names)
         self.in_memory, self.of_features = whole.in_memory, whole.of_features
-        self.makes_images = whole.makes_images
+        self.shorter_side = shorter_side
         self.unreadable = whole.unreadable
         self.system = None if whole.system is None else whole.system[self._indices]
 

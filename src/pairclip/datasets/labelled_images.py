@@ -12,10 +12,9 @@ from torch.utils.data import Dataset
 
 from pairclip import _checks
 from pairclip._randomness import random_state_kept
-from pairclip.datasets.checking import Problem, problems_of
+from pairclip.datasets.checking import Problem, in_words, problems_of
 from pairclip.datasets.kinds import View, source_of
 from pairclip.datasets.labels import MISSING, places
-from pairclip.datasets.notices import Notices
 from pairclip.datasets.source import LabelsDiffer, Source
 
 _ITEMS_LOOKED_AT = 8
@@ -84,11 +83,14 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         _checks.check_choice("on_error", on_error, ("raise", "skip"))
         if num_workers and on_error == "raise":
             raise ValueError(f"`num_workers` {num_workers} would be ignored: nothing is read now.")
-        opened = isinstance(dataset, LabelledImages)
         source = source_of(dataset)
-        if not opened:
+        if not isinstance(dataset, LabelledImages):
             _check_some_labels(source)
         source = _labelled(source, drop_missing)
+        if draft_decode is not False:
+            side = _DRAFT_SIZE if draft_decode is True else draft_decode
+            _checks.check_positive_int("draft_decode", side)
+            source = View(source.dataset, source, shorter_side=side)
         if on_error == "skip":
             source = _readable(source, problems_of(source, num_workers=num_workers))
         if relabel:
@@ -98,10 +100,6 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         self.labels, self.class_names = source.labels, source.class_names
         self.dataset: Any = source.dataset
         self.of_features = source.of_features
-        self._notices = dataset._notices if opened else Notices()
-        self._shorter_side: int | None = dataset._shorter_side if opened else None
-        if draft_decode is not False:
-            self._shorter_side = _DRAFT_SIZE if draft_decode is True else draft_decode
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -112,8 +110,7 @@ class LabelledImages(Dataset[tuple[Any, int]]):
             raise IndexError(f"`index` must be in [0, {len(self)}), got {index}.")
         if self.of_features:
             return self.source.image(index), int(self.labels[index])
-        image = self.source.read(index, self._notices, shorter_side=self._shorter_side)
-        return image, int(self.labels[index])
+        return self.source.read(index), int(self.labels[index])
 
 
 def labels_of(dataset: Any) -> Tensor:
@@ -196,13 +193,11 @@ def _labelled(source: Source, drop_missing: bool = False) -> Source:
 def _readable(source: Source, problems: list[Problem]) -> Source:
     if not problems:
         return source
-    words = [f"{problem.path or problem.index}: {problem.reason}" for problem in problems[:3]]
-    more = f"; and {len(problems) - 3:,} more" if len(problems) > 3 else ""
     if len(problems) == len(source.labels):
-        raise ValueError(f"`dataset` has no image that can be read ({'; '.join(words)}{more}).")
+        raise ValueError(f"`dataset` has no image that can be read ({in_words(problems)}).")
     warnings.warn(
         f"{len(problems):,} of {len(source.labels):,} images can't be read and are left out "
-        f"({'; '.join(words)}{more}).",
+        f"({in_words(problems)}).",
         stacklevel=3,
     )
     keep = torch.ones_like(source.labels, dtype=torch.bool)
@@ -216,7 +211,7 @@ def _relabelled(source: Source) -> Source:
     there, labels = source.labels.unique(return_inverse=True)
     names = source.class_names
     classes = labels, None if names is None else [names[id_] for id_ in there.tolist()]
-    return View(source.dataset, source, torch.arange(len(labels), device="cpu"), classes)
+    return View(source.dataset, source, classes=classes)
 
 
 def _check_some_labels(source: Source) -> None:

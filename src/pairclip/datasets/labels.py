@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -86,7 +86,7 @@ def _plain(objects: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return objects.astype(str)
     if kinds == {int}:
         return objects.astype(np.int64)
-    missing = np.fromiter(map(_is_missing, objects), dtype=bool, count=len(objects))
+    missing = np.fromiter(map(is_missing, objects), dtype=bool, count=len(objects))
     kinds = set(map(type, objects[~missing]))
     if not kinds:
         return np.full(len(objects), MISSING)
@@ -116,12 +116,13 @@ def _plain(objects: npt.NDArray[Any]) -> npt.NDArray[Any]:
     )
 
 
-def _is_missing(label: Any) -> bool:
-    if label is None or (isinstance(label, str) and not label):
+def is_missing(value: Any) -> bool:
+    """Whether a value stands for none: None, NaN, pandas' NA, an empty name."""
+    if value is None or (isinstance(value, str) and not value):
         return True
-    if isinstance(label, (float, np.floating)):
-        return bool(np.isnan(label))
-    return type(label).__name__ in ("NAType", "NaTType")  # pandas' own
+    if isinstance(value, (float, np.floating)):
+        return bool(np.isnan(value))
+    return type(value).__name__ in ("NAType", "NaTType")  # pandas' own
 
 
 def join_classes(
@@ -139,7 +140,7 @@ def join_classes(
         The labels of each, and the class names of all, or None.
 
     Raises:
-        ValueError: If only some have names.
+        ValueError: If only some have names, or several classes of one dataset have the same.
 
     Example:
         >>> import torch
@@ -149,23 +150,33 @@ def join_classes(
         >>> join_classes(queries, gallery)
         ([tensor([0, 1]), tensor([1, 2])], ['ant', 'bee', 'cat'])
     """
-    all_names = [names for _, names in datasets]
+    return join_named({f"dataset {number}": each for number, each in enumerate(datasets)})
+
+
+def join_named(
+    datasets: Mapping[str, tuple[Tensor, list[str] | None]],
+) -> tuple[list[Tensor], list[str] | None]:
+    """`join_classes` of datasets, under what an error calls them."""
+    all_names = [names for _, names in datasets.values()]
     if all(names == all_names[0] for names in all_names):
-        return [labels for labels, _ in datasets], all_names[0]
-    if any(names is None for names in all_names):
-        without = [number for number, names in enumerate(all_names) if names is None]
-        raise ValueError(
-            f"Datasets {without} have class ids without names and the others have names, so "
-            "nothing says which classes are the same. Give all of them names as labels, for "
-            "instance `(images, [names[label] for label in labels])`."
-        )
+        return [labels for labels, _ in datasets.values()], all_names[0]
     joined: dict[str, int] = {}
     labels_of_all = []
-    for labels, names in datasets:
-        new = torch.tensor(
-            [joined.setdefault(name, len(joined)) for name in names or ()] + [-1], device="cpu"
-        )
-        labels_of_all.append(new[labels])  # the last, -1, stays what it is
+    for what, (labels, names) in datasets.items():
+        if names is None:
+            raise ValueError(
+                f"Classes are joined by name, and {what} has none. Ids of different datasets need "
+                "not mean the same, so give names as labels in all of them, for instance "
+                "`(images, [names[label] for label in labels])`."
+            )
+        new = [joined.setdefault(name, len(joined)) for name in names]
+        if len({*new}) < len(new):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(
+                f"Classes are joined by name, and {what} has several that are called {twice!r}."
+            )
+        # The last, -1, stays what it is.
+        labels_of_all.append(torch.tensor([*new, MISSING], device="cpu")[labels])
     return labels_of_all, list(joined)
 
 

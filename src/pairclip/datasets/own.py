@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset, TensorDataset
 
 from pairclip._progress import progress
 from pairclip._randomness import random_state_kept
-from pairclip.datasets.labels import ids_and_names
+from pairclip.datasets.labels import MISSING, ids_and_names
 from pairclip.datasets.source import LabelsDiffer, Source
 
 # Where datasets of torchvision and its likes keep their files, some with a label beside each.
@@ -29,7 +29,14 @@ class OwnSource(Source):
         ids, names = ids_and_names(self._told, len(dataset))
         given = getattr(dataset, "classes", None)
         if names is None and isinstance(given, (list, tuple)) and not target_transform(dataset):
-            names = [str(name) for name in given]
+            if bool(((ids >= MISSING) & (ids < len(given))).all()):
+                names = [str(name) for name in given]
+            else:
+                warnings.warn(
+                    f"`classes` of {type(dataset).__name__} has {len(given)} names, and its class "
+                    f"ids go from {int(ids.min())} to {int(ids.max())}, so they have no names.",
+                    stacklevel=2,
+                )
         super().__init__(dataset, ids, names)
 
     @staticmethod

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from pairclip.datasets.notices import Notices
-from pairclip.datasets.rgb import as_rgb
+from pairclip.datasets.rgb import Say, as_rgb
 
 if TYPE_CHECKING:
     from pairclip.datasets.checking import Problem
@@ -36,6 +36,8 @@ class Source:
         in_memory: Whether the images are an array or a tensor, so that reading one draws nothing
             at random.
         makes_images: Whether a PIL image that it gives is made for the caller alone.
+        shorter_side: JPEG is decoded at a fraction of its size that leaves at least so many
+            pixels; None decodes all of it.
         of_features: Whether the items are features of `cache_features`.
         unreadable: The images that were left out because they can't be read.
         system: Which images are no images of the collection, but hidden files or those that a
@@ -44,6 +46,7 @@ class Source:
 
     in_memory = False
     makes_images = False
+    shorter_side: int | None = None
     of_features = False
     unreadable: Sequence[Problem] = ()
     system: Tensor | None = None
@@ -52,12 +55,13 @@ class Source:
         self.dataset = dataset
         self.labels = labels
         self.class_names = class_names
+        self._notices = Notices()
 
     def image(self, index: int) -> Any:
         """The image at `index`, of any kind that `as_rgb` takes; `index` is in ``[0, N)``."""
         raise NotImplementedError
 
-    def read(self, index: int, notices: Notices, *, shorter_side: int | None = None) -> Image.Image:
+    def read(self, index: int) -> Image.Image:
         """The image as a person sees it.
 
         Raises:
@@ -66,11 +70,10 @@ class Source:
             ValueError: If it can't be read for another reason. The message names it.
         """
         try:
-            return as_rgb(
-                self.image(index),
-                shorter_side=shorter_side,
-                say=lambda kind, words: notices.say(kind, f"{self.name(index)}: {words}"),
-                copy=not self.makes_images,
+            return self.decoded(
+                index,
+                lambda kind, words: self._notices.say(kind, f"{self.name(index)}: {words}"),
+                self.shorter_side,
             )
         except LabelsDiffer:
             raise
@@ -79,6 +82,15 @@ class Source:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             reason = str(error) or type(error).__name__
             raise kind(f"{self.name(index)} can't be read: {reason}") from error
+
+    def decoded(self, index: int, say: Say, shorter_side: int | None) -> Image.Image:
+        """The image, decoded at `shorter_side`, or at its own where that is None."""
+        return as_rgb(
+            self.image(index),
+            shorter_side=self.shorter_side if shorter_side is None else shorter_side,
+            say=say,
+            copy=not self.makes_images,
+        )
 
     def name(self, index: int) -> str:
         """What a message calls an image."""

@@ -89,8 +89,8 @@ def _from_pandas(pa: Any, table: Any, text: list[str]) -> Any:
     check_names(list(table.columns), text)
     table = table.copy(deep=False)
     image, *labels = text
-    if len(table) and isinstance(table[image].iloc[0], os.PathLike):
-        table[image] = table[image].map(os.fspath)
+    if table[image].map(lambda value: isinstance(value, os.PathLike)).any():
+        table[image] = table[image].map(os.fspath, na_action="ignore")
     try:
         return pa.Table.from_pandas(table, preserve_index=False)
     except (pa.ArrowInvalid, pa.ArrowTypeError):

@@ -39,7 +39,7 @@ class TableDataset(Dataset[tuple[Image.Image, int]]):
         label: Column of the labels, integers or names; or several, whose values are joined by "/".
             In text files they are integers if each row has one, without leading zeros.
         root: What relative paths start from. None is the folder of the table if the first image
-            is there, else the working directory.
+            that a row has is there, else the working directory.
         split: Only some rows: a value of the column "split", the name of a column of booleans, or
             a dict from columns to values, such as ``{"fold": 3}``.
 
@@ -149,7 +149,8 @@ class TableSource(Source):
             sides = [rows[name].to_numpy() for name in BOXES]
             self._boxes = np.stack(sides, axis=1).astype(np.float64)
         self._root = "" if root is None else os.fspath(root)
-        first = self._entry(0)
+        entries = map(self._entry, range(len(rows)))
+        first = next((entry for entry in entries if entry is not None), None)
         if not isinstance(first, (str, bytes, type(None))):
             raise TypeError(
                 "The image column must have paths, bytes, or structs of both, got "

@@ -15,7 +15,7 @@ from pairclip.datasets import LabelledImages
 from pairclip.embedding import embed_images
 from pairclip.evaluation.classes import class_means, confused_classes, names_of
 from pairclip.evaluation.histogram import PairHistogram
-from pairclip.evaluation.joining import column_of, groups_of, join_classes
+from pairclip.evaluation.joining import column_of, groups_of, joined_labels
 from pairclip.evaluation.result import Evaluation
 from pairclip.retrieval import PAIR_METRICS, QUERY_METRICS, PairSeparation, outcome_of
 from pairclip.similarity import totals_of
@@ -47,8 +47,8 @@ def evaluate(
         exclude: A value of each image (its camera, product or photograph): an image of a query's
             own class *and* value is neither a find nor a miss, so that near copies don't count.
             A sequence, or the name of a column of the dataset; for a gallery the name of a column
-            that both have, or a pair of sequences, of the queries and of the gallery. None as a
-            value stands for an image like no other.
+            that both have, or a pair of sequences, of the queries and of the gallery. None, NaN
+            or an empty text stands for an image like no other.
         batch_size: Images per forward pass.
         num_workers: Processes that load and preprocess images.
         also: Further datasets by name, evaluated apart, each among its own images: what the tower
@@ -90,7 +90,7 @@ def evaluate(
     else:
         searched = LabelledImages(gallery)
         unreadable += searched.unreadable
-        joined = join_classes(data, searched)
+        query_labels, labels, class_names = joined_labels(data, searched)
         of_queries = of_gallery = None
         if exclude is not None:
             both = (exclude, exclude) if isinstance(exclude, str) else _pair(exclude)
@@ -98,10 +98,10 @@ def evaluate(
             of_gallery = column_of("exclude", both[1], searched, "gallery")
         evaluation = evaluate_embeddings(
             embed(searched),
-            joined.labels,
+            labels,
             queries=embed(data),
-            query_labels=joined.query_labels,
-            class_names=joined.class_names,
+            query_labels=query_labels,
+            class_names=class_names,
             exclude=of_gallery,
             query_exclude=of_queries,
         )
@@ -135,7 +135,8 @@ def evaluate_embeddings(
         class_names: Name of class id i at place i; None names classes by their ids. Where two
             have one name, the ids are added.
         exclude: A value of each row: a row of a query's own class *and* value is neither a find
-            nor a miss, so that near copies don't count. None stands for a row like no other.
+            nor a miss, so that near copies don't count. None, NaN or an empty text stands for a
+            row like no other.
         query_exclude: The same of each query, where there are `queries`.
 
     Returns:
