@@ -44,11 +44,11 @@ SMALL: dict[str, Any] = {"batch_size": 8, "learning_rate": 1e-3}
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"learning_rate": 0.0}, "`learning_rate` must be positive"),
-        ({"learning_rate": float("nan")}, "`learning_rate` must be at least 0 and finite"),
-        ({"preserve_embeddings": -1.0}, "`preserve_embeddings` must be at least 0"),
-        ({"preserve_similarities": -0.5}, "`preserve_similarities` must be at least 0"),
-        ({"blend": 0.0}, r"`blend` must be in \(0, 1\]"),
+        ({"learning_rate": 0.0}, r"`learning_rate` must be in \(0, inf\), got 0"),
+        ({"learning_rate": float("nan")}, r"`learning_rate` must be in \(0, inf\), got nan"),
+        ({"preserve_embeddings": -1.0}, r"`preserve_embeddings` must be in \[0, inf\)"),
+        ({"preserve_similarities": -0.5}, r"`preserve_similarities` must be in \[0, inf\)"),
+        ({"blend": 0.0}, r"`blend` must be in \(0, 1\], got 0\.0\. With 0 nothing"),
         ({"blend": 1.5}, r"`blend` must be in \(0, 1\]"),
         ({"steps": 0}, "`steps` must"),
         ({"batch_size": 0}, "`batch_size` must"),
@@ -341,6 +341,10 @@ def test_tune_merges_low_rank_adapters_of_the_last_blocks() -> None:
     ]
     assert changed
     assert all("layers.1" in name for name in changed)
+    for count in (0, 3):
+        recipe = Recipe("low rank", steps=2, **SMALL, lora_rank=2, train_blocks=count)
+        with pytest.raises(ValueError, match=rf"from 1 to 2, the tower's blocks, .*got {count}"):
+            tune(tower, images(), recipe)
 
 
 def test_default_recipes_fit_the_tower() -> None:

@@ -159,8 +159,11 @@ def check_number(name: str, value: object) -> None:
         raise TypeError(f"`{name}` must be a number, got {value!r}.")
 
 
-def check_fraction(name: str, value: float) -> None:
-    """Raise unless `value` is a number in ``[0, 1]``."""
+def check_in(interval: str, name: str, value: float, *, advice: str = "") -> None:
+    """Raise unless `value` is a number in an interval, such as "[0, 1)" or "(0, inf)"."""
     check_number(name, value)
-    if not 0 <= value <= 1:
-        raise ValueError(f"`{name}` must be in [0, 1], got {value}.")
+    low, high = map(float, interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    if not (above and below):
+        raise ValueError(f"`{name}` must be in {interval}, got {value}. {advice}".rstrip())

@@ -33,9 +33,7 @@ class WeightAverage(Callback):
     """
 
     def __init__(self, decay: float = 0.999) -> None:
-        _checks.check_number("decay", decay)
-        if not 0 <= decay < 1:
-            raise ValueError(f"`decay` must be in [0, 1), got {decay}.")
+        _checks.check_in("[0, 1)", "decay", decay)
         self.decay = decay
         self.averages: list[Tensor] = []
 

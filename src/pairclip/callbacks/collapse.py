@@ -35,9 +35,7 @@ class CollapseMonitor(Callback):
     only_watches = True
 
     def __init__(self, threshold: float = 0.95, *, every: int = 1) -> None:
-        _checks.check_number("threshold", threshold)
-        if not -1 <= threshold < 1:
-            raise ValueError(f"`threshold` must be in [-1, 1), got {threshold}.")
+        _checks.check_in("[-1, 1)", "threshold", threshold)
         _checks.check_positive_int("every", every)
         self.threshold = threshold
         self.every = every

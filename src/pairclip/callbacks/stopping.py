@@ -40,9 +40,7 @@ class EarlyStopping(Callback):
         mode: str = "max",
     ) -> None:
         _checks.check_positive_int("patience", patience)
-        _checks.check_number("min_delta", min_delta)
-        if not 0 <= min_delta < math.inf:
-            raise ValueError(f"`min_delta` must be at least 0 and finite, got {min_delta}.")
+        _checks.check_in("[0, inf)", "min_delta", min_delta)
         _checks.check_choice("mode", mode, ("max", "min"))
         self.figure = figure
         self.patience = patience

@@ -1,7 +1,7 @@
 """Embeddings of images by a tower, divided among processes."""
 
 from pairclip.embedding.embed import Precision, embed, embed_images
-from pairclip.embedding.pixels import HostLoader, Pixels, are_images, pixel_batches
+from pairclip.embedding.pixels import HostLoader, Pixels, are_images, opened, pixel_batches
 from pairclip.embedding.processes import Together, lost_processes_named
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "embed",
     "embed_images",
     "lost_processes_named",
+    "opened",
     "pixel_batches",
 ]

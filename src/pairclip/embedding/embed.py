@@ -14,7 +14,7 @@ from torch import Tensor
 from pairclip import _checks
 from pairclip._progress import progress
 from pairclip.datasets import LabelledImages
-from pairclip.embedding.pixels import Pixels, are_images, pixel_batches
+from pairclip.embedding.pixels import Pixels, opened, pixel_batches
 from pairclip.embedding.processes import Together
 from pairclip.towers import VisionTower
 from pairclip.towers.modes import evaluating
@@ -79,11 +79,9 @@ def embed_images(
     """
     if isinstance(images, (str, os.PathLike)):
         raise TypeError(f"`images` must be a dataset or a list of images, got the path {images!r}.")
-    if are_images(images):
-        images = (images, np.zeros(len(images), np.int64))
     return embed(
         tower,
-        LabelledImages(images),
+        opened(images),
         batch_size=batch_size,
         num_workers=num_workers,
         precision=precision,

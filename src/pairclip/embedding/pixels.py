@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -65,6 +66,13 @@ def pixel_batches(
         collate_fn=collate_fn,
         generator=torch.Generator(),  # else the loader draws from the caller's
     )
+
+
+def opened(images: Any) -> LabelledImages:
+    """A dataset, or images alone, whose labels are then 0."""
+    if are_images(images):
+        images = (images, np.zeros(len(images), np.int64))
+    return LabelledImages(images)
 
 
 def are_images(images: Any) -> bool:

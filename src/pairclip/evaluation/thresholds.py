@@ -98,9 +98,7 @@ def choose_threshold(
         statistics", for drawing the ends of pairs; Hesterberg 2015, "What teachers should know
         about the bootstrap", for widening the intervals (expanded percentiles).
     """
-    _checks.check_number("false_match_rate", false_match_rate)
-    if not 0 < false_match_rate < 1:
-        raise ValueError(f"`false_match_rate` must be in (0, 1), got {false_match_rate}.")
+    _checks.check_in("(0, 1)", "false_match_rate", false_match_rate)
     _checks.check_count("seed", seed)
     search = prepare(embeddings, labels)
     sizes = search.counts[:-1].double()

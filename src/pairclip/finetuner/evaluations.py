@@ -5,22 +5,25 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
+from numbers import Real
 from typing import Any
 
+from torch import Tensor
+
 from pairclip.datasets import LabelledImages
-from pairclip.datasets.checking import Problem, problems_of
+from pairclip.datasets.checking import Problem, in_words, problems_of
 from pairclip.embedding import embed
 from pairclip.evaluation import evaluate_embeddings
 from pairclip.towers import VisionTower
 
-_NAMED, _LOOKED_AT = 3, 256
-
-# From the tower to numbers by name; anything else in the mapping is left out of the history.
-Evaluate = Callable[[Any], Mapping[str, Any]]
+_LOOKED_AT = 256
+Evaluate = Callable[[Any], Mapping[str, float]]  # from the tower to numbers by name
 
 
 def choose_evaluation(
-    evaluate: Evaluate | None, data: LabelledImages | None, workers: Mapping[str, Any]
+    evaluate: Callable[[Any], Mapping[str, Any]] | None,
+    data: LabelledImages | None,
+    workers: Mapping[str, Any],
 ) -> Evaluate | None:
     """What evaluates the tower during a fit, or None.
 
@@ -37,7 +40,7 @@ def choose_evaluation(
             raise ValueError(
                 "`eval_dataset` would be ignored: `evaluate` is given. Pass one of them."
             )
-        return evaluate
+        return partial(_numbers_of, evaluate)
     if data is None:
         return None
     if len(data.labels.unique()) == len(data):
@@ -50,9 +53,25 @@ def choose_evaluation(
 
 def _evaluate(
     tower: VisionTower, data: LabelledImages, workers: Mapping[str, Any]
-) -> Mapping[str, Any]:
+) -> dict[str, float]:
     embeddings = embed(tower, data, **workers)
-    return vars(evaluate_embeddings(embeddings, data.labels, class_names=data.class_names))
+    result = evaluate_embeddings(embeddings, data.labels, class_names=data.class_names)
+    # Not `to_dict`: of 11,000 classes it would list 128 million similarities.
+    return {name: value for name, value in vars(result).items() if isinstance(value, (int, float))}
+
+
+def _numbers_of(evaluate: Callable[[Any], Any], tower: Any) -> dict[str, float]:
+    """The single numbers that an evaluation of somebody's own gives, of whatever type."""
+    result = evaluate(tower)
+    if not isinstance(result, Mapping):
+        raise TypeError(
+            f"`evaluate` must return numbers by name, a dict, got {type(result).__name__}."
+        )
+    return {
+        name: value if isinstance(value, int) else float(value)
+        for name, value in result.items()
+        if isinstance(value, Real) or (isinstance(value, Tensor) and value.ndim == 0)
+    }
 
 
 def left_out_of(images: Mapping[str, LabelledImages | None]) -> list[dict[str, Any]]:
@@ -81,7 +100,7 @@ def check_all_images(
 
 
 def _missing(data: LabelledImages, indices: range) -> list[Problem]:
-    if data.of_features or data.source.in_memory:
+    if data.source.in_memory:
         return []
     paths = {index: data.source.path(index) for index in indices}
     there = {index: path is not None and os.path.exists(path) for index, path in paths.items()}
@@ -96,9 +115,7 @@ def _missing(data: LabelledImages, indices: range) -> list[Problem]:
 
 def _refuse(name: str, data: LabelledImages, problems: list[Problem]) -> None:
     if problems:
-        words = [f"{p.path or f'image {p.index}'}: {p.reason}" for p in problems[:_NAMED]]
-        more = f"; and {len(problems) - _NAMED:,} more" if len(problems) > _NAMED else ""
         raise ValueError(
             f"`{name}` has {len(problems):,} of {len(data):,} images that can't be read "
-            f"({'; '.join(words)}{more})."
+            f"({in_words(problems)})."
         )

@@ -256,7 +256,7 @@ class Finetuner:
         workers: dict[str, Any] = {"num_workers": num_workers}
         workers["worker_init_fn"] = None if plan.checkpoint_dir is None else leave
         evaluated = None if eval_dataset is None else LabelledImages(eval_dataset)
-        evaluate = choose_evaluation(evaluate, evaluated, workers)
+        evaluation = choose_evaluation(evaluate, evaluated, workers)
         chosen: dict[str, Any] = {"sampler": sampler, "batch_size": batch_size}
         chosen |= {"targets": targets, "keep": keep, "keep_share": keep_share}
         feed: Feed
@@ -308,7 +308,7 @@ class Finetuner:
                 epoch_of=feed.epoch_of,
                 targets=rows,
                 digests=digests,
-                evaluate=evaluate,
+                evaluate=evaluation,
                 eval_every=eval_every or per_epoch,
                 saver=saver,
                 signals=signals,

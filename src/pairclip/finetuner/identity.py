@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -118,14 +118,16 @@ def dataset_identity(
         # What it gives is compared where it is read up to the place of a checkpoint.
         return {"stream": type(items.stream).__qualname__, "class names": items.class_names}
     images = items.images
-    chosen = [i * (len(images) - 1) // (_SAMPLED_ITEMS - 1) for i in range(_SAMPLED_ITEMS)]
-    keys = [ItemKey(0, i, item) for i, item in enumerate(chosen)]
-    pixels = _digest_of_items(items, keys)
+
+    def read(chosen: list[int]) -> list[Tensor]:
+        keys = [ItemKey(0, i, item) for i, item in enumerate(chosen)]
+        return [pixels for pixels, *_ in items.__getitems__(keys)]
+
     return {
         "images": len(images),
         "labels": _digest({"labels": images.labels}),
         "class names": images.class_names,
-        "some images, preprocessed": pixels if pixels == _digest_of_items(items, keys) else None,
+        "some images, preprocessed": _digest_of_some(len(images), read),
         **({} if targets is None else {"targets": _digest({"targets": targets})}),
     }
 
@@ -153,20 +155,14 @@ def statement_of(
 
 def _evaluated(images: LabelledImages, tower: VisionTower) -> dict[str, Any]:
     """What is the same in the same images to evaluate on; None for others each time."""
-    chosen = [i * (len(images) - 1) // (_SAMPLED_ITEMS - 1) for i in range(_SAMPLED_ITEMS)]
 
-    def digest() -> str:
-        read = [images[i][0] for i in chosen]
-        values = read if images.of_features else [tower.preprocess(image) for image in read]
-        return _digest({str(i): value for i, value in enumerate(values)})
+    def read(chosen: list[int]) -> list[Tensor]:
+        values = [images[i][0] for i in chosen]
+        return values if images.of_features else [tower.preprocess(value) for value in values]
 
     with random_state_kept():
-        pixels = digest()
-        again = digest()
-    return {
-        "labels": _digest({"labels": images.labels}),
-        "some images": pixels if pixels == again else None,
-    }
+        some = _digest_of_some(len(images), read)
+    return {"labels": _digest({"labels": images.labels}), "some images": some}
 
 
 def _plain(value: object) -> object:
@@ -175,9 +171,13 @@ def _plain(value: object) -> object:
     return str(value) if isinstance(value, Path) else value
 
 
-def _digest_of_items(items: TrainingItems, keys: list[ItemKey]) -> str:
-    inputs = [pixels for pixels, *_ in items.__getitems__(keys)]
-    return _digest({str(i): pixels for i, pixels in enumerate(inputs)})
+def _digest_of_some(count: int, read: Callable[[list[int]], list[Tensor]]) -> str | None:
+    """A digest of some of so many images, or None if they are others when they are read again."""
+    chosen = [i * (count - 1) // (_SAMPLED_ITEMS - 1) for i in range(_SAMPLED_ITEMS)]
+    first, again = (
+        _digest({str(i): values for i, values in enumerate(read(chosen))}) for _ in range(2)
+    )
+    return first if first == again else None
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -10,7 +10,7 @@ import torch
 from pairclip import _checks
 from pairclip._randomness import SamplerStream, sampler_generator
 from pairclip.datasets import LabelledImages
-from pairclip.embedding import are_images
+from pairclip.embedding import opened
 from pairclip.samplers.decks import Indices, deal
 
 NO_LABEL = -1
@@ -41,9 +41,7 @@ class FitImages:
         self.in_memory = data.source.in_memory
         if keep is None:
             return
-        if are_images(keep):
-            keep = (keep, np.zeros(len(keep), np.int64))
-        self.keep = LabelledImages(keep)
+        self.keep = opened(keep)
         if self.keep.of_features != data.of_features:
             kinds = ["images", "cached features"][:: -1 if data.of_features else 1]
             raise ValueError(
@@ -97,9 +95,7 @@ def kept_deck(
     They are part of `batch_size`, or come in addition to the batches of a `sampler`: an even
     number, so that the others can be pairs, and processes divide them.
     """
-    _checks.check_number("keep_share", share)
-    if not 0 < share < 1:
-        raise ValueError(f"`keep_share` must be in (0, 1), got {share}.")
+    _checks.check_in("(0, 1)", "keep_share", share)
     if sampler is None:
         _checks.check_positive_int("batch_size", batch_size)
         count, left = 2 * round(share * batch_size / 2), batch_size

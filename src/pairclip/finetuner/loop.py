@@ -151,10 +151,7 @@ class Loop:
         with _averages_in_place(fit):
             with random_state_kept():
                 seed_all(Stream.EVALUATION, self.trainer.settings.seed, fit.step)
-                result = evaluate(fit.tower)
-            # Not all: of 11,000 classes an `Evaluation` lists 128 million similarities.
-            numbers = {k: v for k, v in result.items() if isinstance(v, (int, float))}
-            plain = _files.plain(numbers)
+                plain = _files.plain(evaluate(fit.tower))
             if fit.accelerator.num_processes > 1:
                 # Devices may differ in the last bit, and callbacks must decide alike.
                 (plain,) = broadcast_object_list([plain])

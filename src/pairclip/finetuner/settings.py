@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,23 +39,14 @@ class Settings:
     seed: int
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "weight_decay", "warmup_ratio", "max_grad_norm"):
-            if name != "max_grad_norm" or self.max_grad_norm is not None:
-                _checks.check_number(name, getattr(self, name))
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ValueError(
-                f"`learning_rate` must be positive and finite, got {self.learning_rate}."
-            )
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise ValueError(f"`weight_decay` must be at least 0, got {self.weight_decay}.")
-        if not 0 <= self.warmup_ratio < 1:
-            raise ValueError(f"`warmup_ratio` must be in [0, 1), got {self.warmup_ratio}.")
+        _checks.check_in("(0, inf)", "learning_rate", self.learning_rate)
+        _checks.check_in("[0, inf)", "weight_decay", self.weight_decay)
+        _checks.check_in("[0, 1)", "warmup_ratio", self.warmup_ratio)
         _checks.check_choice("schedule", self.schedule, ("cosine", "linear", "constant"))
         _checks.check_choice("precision", self.precision, ("auto", "no", "bf16", "fp16"))
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise ValueError(
-                f"`max_grad_norm` must be positive, got {self.max_grad_norm}. None clips nothing."
-            )
+        if self.max_grad_norm is not None:
+            advice = "None clips nothing."
+            _checks.check_in("(0, inf]", "max_grad_norm", self.max_grad_norm, advice=advice)
         if self.optimizer is not None:
             self._check_optimizer()
         if self.micro_batch_size is not None:

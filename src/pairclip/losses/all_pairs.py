@@ -68,7 +68,7 @@ def all_pairs_cosine_loss(
     """
     check_form(negatives, margin, positive_margin)
     if positive_fraction is not None:
-        _checks.check_fraction("positive_fraction", positive_fraction)
+        _checks.check_in("[0, 1]", "positive_fraction", positive_fraction)
     embeddings = _checks.as_embeddings("embeddings", embeddings)
     labels = _checks.as_labels("labels", labels, length=len(embeddings))
     rows = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
@@ -116,7 +116,7 @@ class AllPairsCosineLoss(nn.Module):
         super().__init__()
         check_form(negatives, margin, positive_margin)
         if positive_fraction is not None:
-            _checks.check_fraction("positive_fraction", positive_fraction)
+            _checks.check_in("[0, 1]", "positive_fraction", positive_fraction)
         self.negatives: Negatives = negatives
         self.margin = margin
         self.positive_margin = positive_margin

@@ -61,27 +61,14 @@ class Recipe:
     blend: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in (
-            "learning_rate",
-            "preserve_embeddings",
-            "preserve_similarities",
-            "keep_share",
-            "blend",
-        ):
-            value = getattr(self, name)
-            _checks.check_number(name, value)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"`{name}` must be at least 0 and finite, got {value}.")
-        if self.learning_rate == 0:
-            raise ValueError("`learning_rate` must be positive, got 0.")
-        if not 0 < self.blend <= 1:
-            raise ValueError(
-                f"`blend` must be in (0, 1], got {self.blend}. With 0 nothing would be learnt."
-            )
+        _checks.check_in("(0, inf)", "learning_rate", self.learning_rate)
+        for name in ("preserve_embeddings", "preserve_similarities"):
+            _checks.check_in("[0, inf)", name, getattr(self, name))
+        _checks.check_in("[0, 1)", "keep_share", self.keep_share)
+        advice = "With 0 nothing would be learnt."
+        _checks.check_in("(0, 1]", "blend", self.blend, advice=advice)
         for name in ("steps", "batch_size"):
             _checks.check_positive_int(name, getattr(self, name))
-        if self.keep_share >= 1:
-            raise ValueError(f"`keep_share` must be in [0, 1), got {self.keep_share}.")
         if self.train_blocks is not None:
             _checks.check_count("train_blocks", self.train_blocks)
         if self.lora_rank is not None:

@@ -6,12 +6,11 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from pairclip.datasets import LabelledImages
-from pairclip.embedding import are_images
+from pairclip.embedding import opened
 from pairclip.finetuner import Finetuner
 from pairclip.losses import PreservingLoss
 from pairclip.recipes.recipe import Recipe, default_loss
@@ -81,9 +80,7 @@ def images_to_keep(keep: Any, recipes: Sequence[Recipe]) -> LabelledImages | Non
         return None
     if not takers:
         raise ValueError("`keep` would be ignored: no recipe has a `keep_share`.")
-    if are_images(keep):
-        keep = (keep, np.zeros(len(keep), np.int64))
-    return LabelledImages(keep)
+    return opened(keep)
 
 
 def train(
@@ -132,7 +129,14 @@ def _prepared(recipe: Recipe, tower: VisionTower, seed: int) -> VisionTower:
         return tower
     from peft import LoraConfig, get_peft_model
 
-    last = tower.blocks[len(tower.blocks) - (recipe.train_blocks or len(tower.blocks)) :]
+    blocks = tower.blocks
+    count = len(blocks) if recipe.train_blocks is None else recipe.train_blocks
+    if not 0 < count <= len(blocks):
+        raise ValueError(
+            f"`train_blocks` must be from 1 to {len(blocks)}, the tower's blocks, for a recipe "
+            f"with a `lora_rank`, got {count}."
+        )
+    last = blocks[len(blocks) - count :]
     parts = {id(part) for block in last for part in block.modules() if type(part) is nn.Linear}
     names = [name for name, part in tower.named_modules() if id(part) in parts]
     config = LoraConfig(r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, target_modules=names)

@@ -79,7 +79,7 @@ class PairSampler(EpochSampler):
         super().__init__(seed)
         self._groups = group(labels)
         _checks.check_positive_int("pairs_per_batch", pairs_per_batch)
-        _checks.check_fraction("positive_fraction", positive_fraction)
+        _checks.check_in("[0, 1]", "positive_fraction", positive_fraction)
         self.pairs_per_batch = int(pairs_per_batch)
         self.positive_fraction = float(positive_fraction)
         self.class_balanced = class_balanced

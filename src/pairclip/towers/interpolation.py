@@ -46,7 +46,7 @@ def interpolate(base: VisionTower, tuned: VisionTower, alpha: float) -> VisionTo
         Wortsman et al., Robust fine-tuning of zero-shot models, 2022
         (https://arxiv.org/abs/2109.01903).
     """
-    _checks.check_fraction("alpha", alpha)
+    _checks.check_in("[0, 1]", "alpha", alpha)
     base, tuned = tower_of(base), tower_of(tuned)
     own, other = base._merged_weights(), tuned._merged_weights()
     _check_same_architecture(own, other)
