@@ -12,6 +12,8 @@ from pairclip._vectors import unit_rows
 from pairclip.similarity import nearest_neighbors
 
 _REGULARISATION = (1e-3, 1e-2, 1e-1, 1.0)
+# Predictions that are held at once, which bounds the memory whatever the number of classes.
+_VALUES = 1 << 23
 
 
 class Suspicion(NamedTuple):
@@ -61,21 +63,15 @@ def suspect_labels(embeddings: Any, labels: Any) -> Suspicion:
     """
     rows = _checks.as_embeddings("embeddings", embeddings, finite=True)
     ids = _checks.as_labels("labels", labels, length=len(rows)).cpu()
-    classes, places = ids.unique(return_inverse=True)
+    classes, places, counts = ids.unique(return_inverse=True, return_counts=True)
     if len(classes) < 2:
         raise ValueError(f"`labels` must have at least two classes, got {len(classes)}.")
     inputs = unit_rows(rows).double().cpu()
     inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1, dtype=torch.float64)], dim=1)
-    targets = torch.nn.functional.one_hot(places, len(classes)).double()
-    weights = (len(places) / (len(classes) * targets.sum(dim=0)))[places].sqrt()[:, None]
-    predicted = min(
-        (_left_out(inputs * weights, targets * weights, ridge) for ridge in _REGULARISATION),
-        key=lambda left_out: float((left_out - targets * weights).square().sum()),
-    )
-    predicted = predicted / weights
-    own = predicted.gather(1, places[:, None])[:, 0]
-    best = predicted.masked_fill(targets.bool(), -torch.inf).max(dim=1)
-    return Suspicion(best.values - own, classes[best.indices])
+    weights = (len(places) / (len(classes) * counts.double()))[places].sqrt()[:, None]
+    predictions = (_left_out(inputs * weights, weights, places, r) for r in _REGULARISATION)
+    _, scores, others = min(predictions, key=lambda prediction: prediction[0])
+    return Suspicion(scores, classes[others])
 
 
 def near_duplicates(
@@ -101,9 +97,7 @@ def near_duplicates(
         [(0, 2, 1.0)]
     """
     rows = _checks.as_embeddings("embeddings", embeddings, finite=True)
-    _checks.check_number("min_score", min_score)
-    if not -1 <= min_score <= 1:
-        raise ValueError(f"`min_score` must be in [-1, 1], got {min_score}.")
+    _checks.check_in("[-1, 1]", "min_score", min_score)
     if len(rows) < 2:
         return []
     scores, others = nearest_neighbors(rows, k=min(k, len(rows) - 1))
@@ -115,13 +109,31 @@ def near_duplicates(
     return [(first, second, score) for (first, second), score in ranked]
 
 
-def _left_out(inputs: Tensor, targets: Tensor, ridge: float) -> Tensor:
-    """What a ridge regression predicts for each row from all the others, ``[N, C]``."""
+def _left_out(
+    inputs: Tensor, weights: Tensor, places: Tensor, ridge: float
+) -> tuple[float, Tensor, Tensor]:
+    """What a ridge regression from weighted rows to classes predicts for each from all others.
+
+    Returns:
+        Its squared error; by how much it prefers the best of the other classes to a row's own,
+        ``[N]``; and that class, ``[N]``.
+    """
     strength = ridge * float(inputs.square().sum()) / inputs.shape[1]
     gram = inputs.T @ inputs
     gram.diagonal().add_(strength)
-    solved = torch.linalg.solve(gram, inputs.T)
-    leverage = (inputs * solved.T).sum(dim=1, keepdim=True)
-    fitted = inputs @ (solved @ targets)
-    left_out: Tensor = (fitted - leverage * targets) / (1 - leverage)
-    return left_out
+    solved = torch.linalg.solve(gram, inputs.T).T
+    leverage = (inputs * solved).sum(dim=1, keepdim=True)
+    classes = int(places.max()) + 1
+    coefficients = solved.new_zeros(classes, inputs.shape[1])
+    coefficients.index_add_(0, places, solved * weights)
+    error, scores, others = 0.0, [], []
+    for rows in torch.arange(len(inputs), device="cpu").split(max(1, _VALUES // classes)):
+        own, weight, lever = places[rows, None], weights[rows], leverage[rows]
+        predicted = inputs[rows] @ coefficients.T
+        predicted.scatter_add_(1, own, -lever * weight).div_(1 - lever)
+        of_own = predicted.gather(1, own)
+        error += float(predicted.scatter_add(1, own, -weight).square().sum())
+        best = predicted.scatter_(1, own, -torch.inf).max(dim=1)
+        scores.append((best.values - of_own[:, 0]) / weight[:, 0])
+        others.append(best.indices)
+    return error, torch.cat(scores), torch.cat(others)

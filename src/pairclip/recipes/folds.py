@@ -50,6 +50,8 @@ def divide(
     """
     random = np.random.default_rng(seed)
     classes, counts = np.unique(labels, return_counts=True)
+    by_class = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
+    own = dict(zip(classes, by_class, strict=True))
     classes = random.permutation(classes[counts > 1])
     count = len(classes)
     left = max(2, round(_SHARE * count)) if held_out_classes is None else held_out_classes
@@ -64,7 +66,7 @@ def divide(
             f"`folds` {folds} times {left} classes left out are more than the {count} classes. "
             "Lower `folds` or `held_out_classes`, so that each fold leaves out others."
         )
-    images = {c: random.permutation(np.flatnonzero(labels == c)) for c in classes}
+    images = {c: random.permutation(own[c]) for c in classes}
     return [
         _fold(images, set(classes[fold * left : (fold + 1) * left]), fold, images_per_class)
         for fold in range(folds)

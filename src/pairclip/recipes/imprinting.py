@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pairclip import _checks
-from pairclip._vectors import class_sums, group_by_slot, unit_rows
+from pairclip._vectors import unit_rows
 from pairclip.datasets import LabelledImages
 from pairclip.embedding import embed
 from pairclip.towers import VisionTower
@@ -129,19 +129,11 @@ def _directions(
     """Unit mean of each proxy's images, ``[C * K, D]``, and whether it has any, ``[C * K]``."""
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(labels), generator=generator, device="cpu")
-    unit, labels = unit_rows(embedded)[shuffled], labels[shuffled]
-    classes = group_by_slot(labels, num_classes)
-    place = torch.empty_like(labels)
-    place[classes.order] = (
-        torch.arange(len(labels), device="cpu") - classes.starts[labels[classes.order]]
-    )
-    sums = class_sums(
-        unit, group_by_slot(labels * centres + place % centres, num_classes * centres)
-    ).view(num_classes, centres, -1)
-    # A class of fewer images than centres repeats them.
-    centre = torch.arange(centres, device="cpu")
-    empty = centre >= classes.counts[:, None]
-    source = centre % classes.counts.clamp_min(1)[:, None]
-    repeated = sums[torch.arange(num_classes, device="cpu")[:, None], source]
-    sums = torch.where(empty[:, :, None], repeated, sums).view(num_classes * centres, -1)
-    return unit_rows(sums), (classes.counts > 0).repeat_interleave(centres)
+    rows = unit_rows(embedded)[shuffled[labels[shuffled].argsort(stable=True)]].double()
+    counts = labels.bincount(minlength=num_classes)
+    sums = rows.new_zeros(num_classes, centres, rows.shape[1])
+    for of_class, own in zip(sums, rows.split(counts.tolist()), strict=True):
+        for number in range(centres if len(own) else 0):
+            # A class of fewer images than centres repeats them.
+            of_class[number] = own[number % len(own) :: centres].sum(dim=0)
+    return unit_rows(sums.flatten(0, 1)), (counts > 0).repeat_interleave(centres)
