@@ -399,6 +399,25 @@ def test_ranks_off_the_cpu_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     assert_outcomes_equal(every_metric(rows, labels), expected, atol=0, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:.* left out")
+@pytest.mark.parametrize("on_cpu", [True, False])
+@pytest.mark.parametrize("name", ["recall_at_1", "recall_at_4", "precision_at_1", "r_precision"])
+def test_a_metric_alone_is_that_of_its_ranks(
+    name: str, on_cpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranking, "_on_cpu", lambda tensor: on_cpu)
+    rows, labels = sample(400, classes=30)
+    labels[200:] = 3  # classes of many sizes in a block
+    for tied in (0, 30, 250, 400):
+        # Coarse, so that many scores at the last place are equal.
+        coarse = rows.mul(1.5).round() if tied else rows
+        coarse[:tied] = coarse[0]
+        together = retrieval_figures(coarse, labels, [name, "mean_average_precision"])
+        assert retrieval_figures(coarse, labels, [name])[name] == pytest.approx(
+            together[name], abs=1e-12
+        )
+
+
 @pytest.mark.parametrize("first", [None, 1, 3, 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_ranks_are_counted_whatever_the_scores(dtype: torch.dtype, first: int | None) -> None:

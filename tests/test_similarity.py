@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from sklearn.metrics.pairwise import cosine_similarity
 from sklearn.neighbors import NearestNeighbors
 from torch.testing import assert_close
 
-from pairclip import class_similarity_matrix, similarity, similarity_matrix
+from pairclip import _vectors, class_similarity_matrix, similarity, similarity_matrix
 from pairclip.similarity import nearest_neighbors
 
 
@@ -273,3 +274,24 @@ def test_wrong_arguments_are_named() -> None:
         class_similarity_matrix(random_rows(4), [0, 1, 2])
     with pytest.raises(ValueError, match="`reduction` must be one of 'pairs', 'centroids'"):
         class_similarity_matrix(random_rows(4), [0, 1, 2, 2], reduction="mean")
+
+
+@pytest.mark.parametrize(("rows", "columns", "width"), [(300, 301, 65), (9, 2047, 513)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_large_products_are_exact_and_equal_rows_have_equal_ones(
+    rows: int, columns: int, width: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    kinds = [torch.randint(7, (count,), generator=generator) for count in (rows, columns)]
+    seven = F.normalize(torch.randn(7, width, generator=generator, dtype=dtype), dim=1)
+    left, right = (seven[kind].requires_grad_() for kind in kinds)
+    assert left.numel() * columns >= _vectors._LARGE
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        products = _vectors.products(left, right).detach()
+    assert products.dtype == dtype
+    assert products.shape == (rows, columns)
+    exact = left.double() @ right.double().T
+    assert_close(products.double(), exact, atol=1e-6, rtol=0)
+    if dtype == torch.float32:
+        first = [torch.stack([(kind == each).nonzero()[0, 0] for each in kind]) for kind in kinds]
+        assert torch.equal(products, products[first[0]][:, first[1]])

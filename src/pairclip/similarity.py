@@ -17,11 +17,14 @@ from pairclip._vectors import (
     finite_unit_rows,
     group_by_slot,
     highest,
+    products,
     unit_rows,
 )
 
-# Rows compared at once by `nearest_neighbors`: 32 MiB of similarities.
-_QUERY_ROWS, _CORPUS_ROWS = 1024, 8192
+# Rows compared at once by `nearest_neighbors`, and similarities by `similarity_matrix`. The system
+# hands out more than 32 MiB page by page, which takes as long as the product.
+_QUERY_ROWS, _CORPUS_ROWS = 512, 8192
+_CELLS = 1 << 22
 
 Embeddings = Tensor | npt.NDArray[Any]
 
@@ -69,7 +72,7 @@ def similarity_matrix(
             )
         columns = columns.to(rows)
     if block_size is None:
-        block_size = max(1, 2**24 // max(1, len(columns)))
+        block_size = max(1, _CELLS // max(1, len(columns)))
     _checks.check_positive_int("block_size", block_size)
     shape = (len(rows), len(columns))
     if out is None:
@@ -81,8 +84,7 @@ def similarity_matrix(
     elif tuple(out.shape) != shape:
         raise ValueError(f"`out` must have shape {list(shape)}, got {list(out.shape)}.")
     for start in range(0, len(rows), block_size):
-        with torch.autocast(rows.device.type, enabled=False):
-            block = (rows[start : start + block_size] @ columns.T).clamp_(-1, 1)
+        block = products(rows[start : start + block_size], columns).clamp_(-1, 1)
         target = out[start : start + block_size]
         if isinstance(target, Tensor):
             target.copy_(block)
@@ -155,14 +157,12 @@ def nearest_neighbors(
     }
     best = torch.full((len(queries), k), -torch.inf, **options)
     rows = torch.zeros(len(queries), k, dtype=torch.int64, device=device)
-    buffer = torch.empty(_QUERY_ROWS, min(block_size, len(searched)), **options)
     for first in range(0, len(searched), block_size):
         block = _unit_block("queries" if own else "corpus", searched, first, block_size, options)
         for start in range(0, len(queries), _QUERY_ROWS):
             part = slice(start, start + _QUERY_ROWS)
             unit = _unit_block("queries", queries, start, _QUERY_ROWS, options)
-            with torch.autocast(device.type, enabled=False):
-                scores = torch.mm(unit, block.T, out=buffer[: len(unit), : len(block)])
+            scores = products(unit, block)
             if own:
                 # The diagonal of the whole matrix runs through these places, or past the block.
                 scores.diagonal(start - first).fill_(-torch.inf)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pairclip import _checks
 from pairclip._files import MappedTensors, bytes_of
-from pairclip._vectors import highest, row_norms, unit_rows
+from pairclip._vectors import highest, products, row_norms, unit_rows
 
 # Rows searched at once, which bounds the memory of a step.
 ROWS = 65536
@@ -175,21 +175,19 @@ def nearest(
     # One for all blocks: the system takes longer to hand out memory than a query takes.
     buffer = parts[0].new_empty(_BLOCK, queries.shape[1])
     first = 0
-    # Scores of bfloat16 under somebody's autocast would not be cosines of what is stored.
-    with torch.autocast("cpu", enabled=False):
-        for segment in segments:
-            for rows, lengths, places in segment.pieces(wanted):
-                for start in range(0, len(rows), _BLOCK):
-                    block = slice(start, start + _BLOCK)
-                    these = buffer[: len(rows[block])].copy_(rows[block])
-                    for number, part in enumerate(parts):
-                        scores, indices = best[number]
-                        new, columns = highest((part @ these.T).div_(lengths[block]), k)
-                        # Of equal scores the first image is kept.
-                        scores, order = highest(torch.cat([scores, new], dim=1), k)
-                        new_indices = places[block][columns] + first
-                        indices = torch.cat([indices, new_indices], dim=1).gather(1, order)
-                        best[number] = scores, indices
-            first += len(segment)
+    for segment in segments:
+        for rows, lengths, places in segment.pieces(wanted):
+            for start in range(0, len(rows), _BLOCK):
+                block = slice(start, start + _BLOCK)
+                these = buffer[: len(rows[block])].copy_(rows[block])
+                for number, part in enumerate(parts):
+                    scores, indices = best[number]
+                    new, columns = highest(products(part, these).div_(lengths[block]), k)
+                    # Of equal scores the first image is kept.
+                    scores, order = highest(torch.cat([scores, new], dim=1), k)
+                    new_indices = places[block][columns] + first
+                    indices = torch.cat([indices, new_indices], dim=1).gather(1, order)
+                    best[number] = scores, indices
+        first += len(segment)
     all_scores, all_indices = zip(*best, strict=True)
     return torch.cat(all_scores).clamp_(-1, 1), torch.cat(all_indices)

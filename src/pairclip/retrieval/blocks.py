@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pairclip import _checks
-from pairclip._vectors import unit_rows
+from pairclip._vectors import finite_unit_rows, products
 
 T = TypeVar("T")
 
@@ -88,7 +88,7 @@ def prepare(
 
     `groups` are int64 of each item and query, from 0 on, or negative for a group of one.
     """
-    unit = unit_rows(_checks.as_embeddings(names[0], embeddings, finite=True))
+    unit = _unit(names[0], embeddings)
     padded = unit.new_zeros((len(unit) // _COLUMNS + 1) * _COLUMNS, unit.shape[1])
     padded[: len(unit)] = unit
     items = padded[: len(unit)]
@@ -97,7 +97,7 @@ def prepare(
         raise ValueError(f"`{names[2]}` and `{names[3]}` go together; only one was given.")
     rows, row_labels = items, labels
     if queries is not None:
-        rows = unit_rows(_checks.as_embeddings(names[2], queries, finite=True)).to(items)
+        rows = _unit(names[2], queries).to(items)
         if rows.shape[1] != items.shape[1]:
             raise ValueError(
                 f"`{names[2]}` must have embedding size {items.shape[1]}, got {rows.shape[1]}."
@@ -124,6 +124,13 @@ def prepare(
         slots=slots,
         query_slots=query_slots,
     )
+
+
+def _unit(name: str, embeddings: Any) -> Tensor:
+    rows = _checks.as_embeddings(name, embeddings).detach()
+    if rows.dtype != torch.float64:
+        rows = rows.float()
+    return finite_unit_rows(name, rows)
 
 
 def _slots(
@@ -162,19 +169,15 @@ def over_blocks(search: Search, rows: Tensor, work: Callable[[Block], T]) -> Ite
     parts = rows.split(size) if len(rows) else ()
     threads = torch.get_num_threads()
     workers = min(threads, _MOST_WORKERS, len(parts)) if items.device.type == "cpu" else 1
-    spare = [
-        (items.new_zeros(size, items.shape[1]), items.new_empty(size, len(items)))
-        for _ in range(workers)
-    ]
+    spare = [items.new_zeros(size, items.shape[1]) for _ in range(workers)]
 
     # Inference mode is each thread's own, and its tensors can't be written to without it.
     @torch.inference_mode(torch.is_inference_mode_enabled())
     def run(of_block: Tensor) -> T:
-        queries, scores = buffers = spare.pop()
+        queries = spare.pop()
         queries[: len(of_block)] = search.queries[of_block]
-        with torch.autocast(items.device.type, enabled=False):
-            torch.mm(queries, items.T, out=scores)
-        of_items = scores[: len(of_block)]
+        of_items = products(queries, items)[: len(of_block)]
+        spare.append(queries)
         of_items[:, count:] = NO_ITEM
         if search.own:
             of_items.scatter_(1, of_block[:, None], NO_ITEM)
@@ -184,10 +187,7 @@ def over_blocks(search: Search, rows: Tensor, work: Callable[[Block], T]) -> Ite
             out = slots[members] == search.query_slots[of_block, None]
             of_items.scatter_(1, members.where(out, count), NO_ITEM)
             members = members.masked_fill(out, count)
-        try:
-            return work(Block(of_block, of_items, members))
-        finally:
-            spare.append(buffers)
+        return work(Block(of_block, of_items, members))
 
     if workers <= 1:
         yield from map(run, parts)
@@ -203,6 +203,9 @@ def over_blocks(search: Search, rows: Tensor, work: Callable[[Block], T]) -> Ite
 
 def _members(search: Search, rows: Tensor) -> Tensor:
     classes = search.query_classes[rows]
+    if (classes == classes[0]).all() and classes[0] < len(search.counts) - 1:
+        start, stop = search.starts[classes[0]], search.starts[classes[0] + 1]
+        return search.by_class[start:stop].expand(len(rows), -1)
     counts = search.counts[classes][:, None]
     place = torch.arange(int(counts.max()), device=rows.device)
     inside = place < counts

@@ -106,9 +106,12 @@ def means(
     relevant = search.relevant()
     places = [metric.places for metric in metrics]
     at_least = max((each for each in places if each), default=1)
+    alone = metrics[0].alone if len(metrics) == 1 else None
 
     def of_block(block: Block) -> Tensor:
         total = relevant[block.rows]
+        if alone is not None:
+            return alone(block, total)[:, None]
         first = max(at_least, int(total.max()) if 0 in places else 0)
         ranks = rank_in_place(block, total, None if None in places else first)
         return torch.stack([metric.function(ranks) for metric in metrics], dim=1)
@@ -120,9 +123,12 @@ def means(
 def _findable(search: Search) -> tuple[Tensor, Tensor]:
     """Queries with an item of their class to find, and the others, of which a warning tells.
 
-    Sorted by the number of those items, so that the queries of a block have about as many.
+    Sorted by the number of those items, so that the queries of a block have about as many, and by
+    class, so that many have the same.
     """
-    relevant, rows = search.relevant().sort(stable=True)
+    rows = search.query_classes.argsort(stable=True)
+    relevant, order = search.relevant()[rows].sort(stable=True)
+    rows = rows[order]
     left_out = int((relevant < 1).sum())
     if left_out == len(rows):
         raise ValueError(

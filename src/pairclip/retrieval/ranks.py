@@ -23,6 +23,7 @@ the second place goes to one of the two tied ones, one of which is relevant.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -83,14 +84,12 @@ def _highest_keys_in_place(block: Block, first: int | None) -> Tensor:
 
     In front is one item more, of a lower score, which is not relevant or counts as if it were not.
     """
-    scores = block.scores
-    keys = scores.view(torch.int64 if scores.dtype == torch.float64 else torch.int32)
-    columns = keys.shape[1]
-    size = _ROWS if _on_cpu(scores) else len(scores)
-    parts = [*zip(*(each.split(size) for each in (scores, keys, block.members)), strict=True)]
-    for of_scores, of_keys, members in parts:
-        _make_keys(of_scores, of_keys, members)
+    parts = []
+    for of_keys in keys_in_place(block):
         _sort_in_place(of_keys, first)
+        parts.append(of_keys)
+    keys = as_keys(block.scores)
+    columns = keys.shape[1]
     while first is not None and first < columns - 1:
         below, lowest = (keys[:, -first - step] >> 1 for step in (1, 0))
         if not (below == lowest).any():
@@ -98,7 +97,7 @@ def _highest_keys_in_place(block: Block, first: int | None) -> Tensor:
             top[:, 0] &= -2
             return top
         first *= 2
-        for _, of_keys, _ in parts:
+        for of_keys in parts:
             _sort_in_place(of_keys, first)
     return keys
 
@@ -107,30 +106,44 @@ def _on_cpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def _make_keys(scores: Tensor, keys: Tensor, members: Tensor) -> None:
-    """Make keys of scores, in their memory."""
-    # Of numbers between -2 and 2, the bits become even integers of the same order.
-    scores += 0  # -0.0 becomes 0.0
-    width = 8 * keys.itemsize - 1
-    keys ^= (keys >> width).bitwise_and_(2**width - 1)
-    keys <<= 1
-    mine = keys.gather(1, members)
-    keys.scatter_(1, members, mine | (mine > keys[:, -1:]))
+def as_keys(scores: Tensor) -> Tensor:
+    """The memory of scores, read as integers."""
+    return scores.view(torch.int64 if scores.dtype == torch.float64 else torch.int32)
+
+
+def keys_in_place(block: Block) -> Iterator[Tensor]:
+    """Make keys of the scores of a block, a few rows at a time, which are then in the cache."""
+    all_keys = as_keys(block.scores)
+    size = _ROWS if _on_cpu(all_keys) else len(all_keys)
+    for keys, members in zip(all_keys.split(size), block.members.split(size), strict=True):
+        # Of numbers between -2 and 2, sign and size become an even integer of the same order.
+        signs = keys >> 8 * keys.itemsize - 1
+        keys <<= 1
+        keys ^= signs
+        keys -= signs
+        mine = keys.gather(1, members)
+        keys.scatter_(1, members, mine.add_(mine > keys[:, -1:]))
+        yield keys
+
+
+def partition_in_place(keys: Tensor, first: int) -> None:
+    """Move the highest `first` keys of each row to its end, and the next one in front of them."""
+    if _on_cpu(keys):
+        # By SIMD instructions: NumPy's is about 30 times as fast as torch.
+        keys.numpy().partition(keys.shape[1] - first - 1, axis=1)
+    else:
+        keys.copy_(keys.sort(dim=1).values)
 
 
 def _sort_in_place(keys: Tensor, first: int | None) -> None:
     """Sort each row; at least the highest, one more than `first`, at its end."""
-    columns = keys.shape[1]
-    start = 0 if first is None else max(columns - first - 1, 0)
-    highest = keys[:, start:]
     if not _on_cpu(keys):
-        highest.copy_(keys.topk(columns - start, dim=1).values.flip(1))
-        return
-    # NumPy's SIMD instructions are about 30 times as fast as torch, and a partition takes a tenth
-    # of a sort.
-    if start:
-        keys.numpy().partition(start, axis=1)
-    highest.numpy().sort(axis=1)
+        keys.copy_(keys.sort(dim=1).values)
+    elif first is None or first >= keys.shape[1] - 1:
+        keys.numpy().sort(axis=1)
+    else:
+        partition_in_place(keys, first)  # a tenth of a sort
+        keys[:, -first - 1 :].numpy().sort(axis=1)
 
 
 def _relevant(ordered: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,10 @@ from functools import partial
 from operator import attrgetter
 from typing import Any, Literal
 
-from pairclip.retrieval import query_metrics
+from torch import Tensor
+
+from pairclip.retrieval import one_metric, query_metrics
+from pairclip.retrieval.blocks import Block
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class Metric:
         function: Computes it.
         places: How many of the nearest items it looks at: 0 for as many as the query has to find,
             None for all.
+        alone: Computes the same at less cost where no other metric is asked for, from a block,
+            which it overwrites, and the relevant items of each query. None where nothing is saved.
     """
 
     name: str
@@ -35,6 +40,7 @@ class Metric:
     of: Literal["ranks", "nearest", "pairs"]
     function: Callable[..., Any]
     places: int | None = 0
+    alone: Callable[[Block, Tensor], Tensor] | None = None
 
 
 def recall(k: int) -> Metric:
@@ -46,6 +52,7 @@ def recall(k: int) -> Metric:
         of="ranks",
         function=partial(query_metrics.hit, k=float(k)),
         places=k,
+        alone=partial(one_metric.hit, k=k),
     )
 
 
@@ -58,6 +65,8 @@ def precision(k: int) -> Metric:
         of="ranks",
         function=partial(query_metrics.precision, k=float(k)),
         places=k,
+        # Of one place, the expected share is the chance of a hit.
+        alone=partial(one_metric.hit if k == 1 else one_metric.precision, k=k),
     )
 
 
@@ -82,6 +91,7 @@ METRICS = {
             "class has to find",
             of="ranks",
             function=query_metrics.r_precision,
+            alone=one_metric.r_precision,
         ),
         Metric(
             "map_at_r",
