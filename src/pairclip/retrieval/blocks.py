@@ -14,10 +14,11 @@ from pairclip._vectors import finite_unit_rows, products
 
 T = TypeVar("T")
 
-# Similarities that are looked at in one block, and the most queries in it.
-_BLOCK_CELLS = 1 << 23
+# Similarities that are looked at in one block, and the most queries in it. The system hands out
+# more than 32 MiB page by page, which takes as long as the product.
+_BLOCK_CELLS = 1 << 22
 _BLOCK_ROWS = 256
-# Blocks that are looked at at once, each of which takes up to about 150 MB.
+# Blocks that are looked at at once, each of which takes up to about 75 MB.
 _MOST_WORKERS = 16
 # Products of few rows or of a ragged last piece are added up in another order, and then equal
 # items have unequal similarities. So no matrix product ends in such a piece.
