@@ -33,6 +33,7 @@ import torch
 from pyarrow import parquet
 
 from pairclip import LabelledImages, TableDataset, load_tower
+from pairclip._files import whole_file
 from pairclip.command.arguments import CLIP, HelpFormatter, whole_number
 from pairclip.command.running import obey
 from pairclip.datasets import image_files
@@ -146,12 +147,8 @@ class Embed:
 def write(table: pa.Table, file: Path, **options: Any) -> None:
     """Put a file in place when it is whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    begun = file.with_name(f"{file.name}.begun")
-    with open(begun, "wb") as stream:
+    with whole_file(file) as stream:
         parquet.write_table(table, stream, **options)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(begun, file)
 
 
 class Shards:

@@ -1,5 +1,6 @@
 """What is said at the start of a fit, and where a fit can't be: threads, modes, other processes."""
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -19,12 +20,16 @@ from pairclip import (
     PairSampler,
     WeightAverage,
     cache_features,
+    check_images,
     embed_images,
     evaluate,
     evaluate_embeddings,
     newest_checkpoint,
+    occlusion_saliency,
 )
+from pairclip.datasets import StreamBatches
 from pairclip.embedding import lost_processes_named
+from pairclip.finetuner.agreement import one_fit_at_a_time
 from pairclip.towers import random_tower
 
 
@@ -53,6 +58,25 @@ def test_a_fit_beside_another_thread_is_refused_and_one_after_it_is_not() -> Non
     thread.start()
     thread.join()
     assert len(refused) == 1
+
+
+def test_a_process_that_was_forked_beside_a_fit_may_fit() -> None:
+    going, ended = threading.Event(), threading.Event()
+    wait = At(1, lambda: (going.set(), ended.wait(60)))
+    fit = finetuner(callbacks=[wait]).fit
+    thread = threading.Thread(target=fit, args=[photos()], kwargs={"batch_size": 6, "max_steps": 1})
+    thread.start()
+    going.wait(60)
+    child = os.fork()
+    if not child:
+        try:
+            with one_fit_at_a_time():
+                os._exit(0)
+        finally:
+            os._exit(1)
+    ended.set()
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_tower_of_inference_alone_is_refused() -> None:
@@ -101,6 +125,12 @@ def test_the_default_device_changes_nothing(tmp_path: Path) -> None:
         )
         features = cache_features(trunk, images, tmp_path)
         assert 0 <= evaluate(head, features).recall_at_1 <= 1
+        assert check_images(images) == []
+        stream = StreamBatches([*zip(*images, strict=True)], tower.preprocess, 2, 2, buffer_size=8)
+        assert next(iter(stream))[0].device.type == "cpu"
+        Finetuner(tower, LOSS).fit(stream, max_steps=1)
+        saliency = occlusion_saliency(tower, images[0][0], images[0][1], grid=2)
+        assert saliency.falls.isfinite().all()
     assert evaluation.recall_at_1 == evaluate_embeddings(rows, labels).recall_at_1
 
 

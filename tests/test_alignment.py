@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from sklearn.linear_model import Ridge
 
-from pairclip import Alignment, align
+from pairclip import Alignment, _files, align, alignment
 from pairclip.towers import random_tower
 
 
@@ -80,17 +80,17 @@ def test_files_keep_everything(tmp_path: Path) -> None:
     tuned, before = sample()
     towers = (random_tower(seed=1), random_tower(seed=2))
     path = tmp_path / "a.safetensors"
-    alignment = align(tuned, before, towers=towers)
-    alignment.save(path)
+    made = align(tuned, before, towers=towers)
+    made.save(path)
     read = Alignment.load(path, tower=towers[0])
-    assert torch.equal(read(tuned), alignment(tuned))
+    assert torch.equal(read(tuned), made(tuned))
     assert (read.shrinkage, read.cosine, read.num_images) == (
-        *(alignment.shrinkage, alignment.cosine),
+        *(made.shrinkage, made.cosine),
         60,
     )
     assert read.fingerprints == (towers[0].fingerprint(), towers[1].fingerprint())
     with safe_open(path, "pt") as file:
-        assert torch.equal(file.get_tensor("weight"), alignment.weight)
+        assert torch.equal(file.get_tensor("weight"), made.weight)
     with pytest.raises(ValueError, match=r"`tower` must be the tuned tower of '.*a.safetensors'"):
         Alignment.load(path, tower=towers[1])
     align(tuned, before).save(path)
@@ -108,6 +108,15 @@ def test_other_and_damaged_files_are_refused(tmp_path: Path) -> None:
         damaged[bit // 8] ^= 1 << (bit % 8)
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"a\.safetensors' (is damaged|was not written|has)"):
+            Alignment.load(path)
+    read = _files.MappedTensors(path)
+    tensors = {name: tensor.clone() for name, tensor in read.items()}
+    for settings in ("", "[]", "{}", "[" * 9999, read.metadata["settings"].replace("null", "[1]")):
+        sealed = {**read.metadata, "settings": settings}
+        sealed["sha256"] = alignment._checksum(settings, tensors)
+        with path.open("wb") as file:
+            _files.write_tensors(file, tensors, sealed)
+        with pytest.raises(ValueError, match=r"a\.safetensors' is damaged: its settings"):
             Alignment.load(path)
     save_file({"weight": torch.eye(2)}, path)
     with pytest.raises(ValueError, match=r"was not written by `Alignment\.save`"):

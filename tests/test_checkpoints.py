@@ -25,6 +25,7 @@ from torchvision import transforms
 from pairclip import (
     AllPairsCosineLoss,
     Callback,
+    Checkpoint,
     Finetuner,
     VisionTower,
     _files,
@@ -425,6 +426,42 @@ def test_a_checkpoint_that_is_a_link_does_not_end_all_checkpoints(tmp_path: Path
         write(directory, step, keep=1)
     assert steps_in(directory) == [4]
     assert sorted(path.name for path in (tmp_path / "elsewhere").iterdir()) == sorted(FILES)
+
+
+@pytest.mark.parametrize("target", ["nowhere", "step-00000002"])
+def test_a_link_that_leads_nowhere_is_a_checkpoint_that_is_damaged(
+    tmp_path: Path, target: str
+) -> None:
+    write(tmp_path, 1)
+    (tmp_path / "step-00000002").symlink_to(target)
+    for find in (newest_checkpoint, best_checkpoint):
+        with pytest.warns(UserWarning, match=r"step-00000002' is damaged, so passed over"):
+            find(tmp_path)
+    with pytest.raises(FileExistsError, match=r"step-00000002' is not a checkpoint"):
+        write(tmp_path, 2)
+    write(tmp_path, 3)
+    assert newest_checkpoint(tmp_path).step == 3
+    assert steps_in(tmp_path) == [1, 3]
+
+
+@pytest.mark.parametrize("figure", [math.inf, -math.inf, math.nan, True])
+def test_what_is_no_figure_makes_no_checkpoint_a_damaged_one(tmp_path: Path, figure: Any) -> None:
+    write(tmp_path, 1, figure=0.5)
+    write(tmp_path, 2, figure=figure)
+    assert newest_checkpoint(tmp_path).figure is None
+    assert best_checkpoint(tmp_path).step == 1
+
+
+@pytest.mark.parametrize("state", [{"a": {"__tuple__": 1}}, {"a": {"__tensor__": "none"}}, 3])
+def test_a_state_that_none_wrote_is_named(tmp_path: Path, state: Any) -> None:
+    folder = write(tmp_path, 1)
+    (folder / "state.json").write_text(json.dumps(state))
+    checkpoint = Checkpoint(folder, 1, None)
+    if state == 3:
+        assert checkpoint.state() == 3
+        return
+    with pytest.raises(ValueError, match=r"state\.json' is damaged: it holds no state of a fit"):
+        checkpoint.state()
 
 
 # --- Killed while writing -------------------------------------------------------------------------

@@ -129,6 +129,11 @@ def test_damage_is_named(tmp_path: Path) -> None:
             with pytest.raises(ValueError, match=r"is damaged|is no FAISS index"):
                 FaissIndex.load(tmp_path)
         file.write_bytes(content)
+    fields = _files.read_json(header)
+    for name, value in (("paths", {}), ("class_names", True), ("file", "../a"), ("paths", [])):
+        _files.write_json(header, _files.sealed({**fields, name: value}))
+        with pytest.raises(ValueError, match=rf"is damaged: (its field '{name}'|it has not as)"):
+            FaissIndex.load(tmp_path)
     newer = _files.sealed({"format": "pairclip.FaissIndex", "version": 2})
     _files.write_json(header, newer)
     with pytest.raises(ValueError, match="has format 2, and this version"):

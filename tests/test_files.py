@@ -239,17 +239,20 @@ def test_a_folder_that_can_not_be_moved_is_not_read_until_it_is_whole(
 
     def write(path: Path) -> None:
         with _files.whole_folder(path / "saved", keep_others=True, key="key") as folder:
-            for name in ("key", "a", "b"):
+            (folder / "in").mkdir()
+            for name in ("key", "a", "in/b"):
                 (folder / name).write_text("new")
 
-    (tmp_path / "all" / "saved").mkdir(parents=True)
-    for name in ("key", "a", "b", "mine"):
+    (tmp_path / "all" / "saved" / "in").mkdir(parents=True)
+    for name in ("key", "a", "in/b", "mine"):
         (tmp_path / "all" / "saved" / name).write_text("old")
     seen = []
     for left in every_kill(tmp_path / "all", write):
         assert (left / "saved" / "mine").read_text() == "old"
         if (left / "saved" / "key").exists():
-            seen.append("".join((left / "saved" / name).read_text() for name in ("key", "a", "b")))
+            seen.append(
+                "".join((left / "saved" / name).read_text() for name in ("key", "a", "in/b"))
+            )
     assert set(seen) == {"oldoldold", "newnewnew"}
 
 
@@ -301,7 +304,8 @@ def test_names_that_are_no_utf8_come_back(tmp_path: Path) -> None:
 def test_a_pipe_or_an_endless_device_is_no_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "zero").symlink_to("/dev/zero")
-    for name in ("pipe", "zero", "."):
+    (tmp_path / "itself").symlink_to("itself")
+    for name in ("pipe", "zero", "itself", "."):
         for read in (_files.read_json, _files.checksum, _files.MappedTensors):
             with pytest.raises(ValueError, match="is damaged: it is not a file"):
                 read(tmp_path / name)
@@ -311,6 +315,13 @@ def test_a_pipe_or_an_endless_device_is_no_file(tmp_path: Path) -> None:
 def test_what_is_no_json_is_damaged(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(ValueError, match=r"file' is damaged: it is not valid JSON"):
+        _files.read_json(tmp_path / "file")
+
+
+def test_a_file_that_no_memory_holds_is_damaged(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("wb") as file:
+        file.truncate(1 << 43)  # of zeros, which take no room on the disk
+    with pytest.raises(ValueError, match=r"file' is damaged: it is not valid JSON \(MemoryError"):
         _files.read_json(tmp_path / "file")
 
 

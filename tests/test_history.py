@@ -26,6 +26,7 @@ READ = {"steps": [STEP], "evaluations": [], "skipped_steps": 0, "stop_reason": N
         ({**READ, "skipped_steps": -1}, "`skipped_steps` is -1, no count"),
         ({**READ, "stop_reason": 3}, "`stop_reason` is 3, no text"),
         ({**READ, "unreadable": [{"path": "a"}]}, "record 0 in `unreadable` is .* no image"),
+        ({**READ, "unreadable": None}, "record 0 in `unreadable` is None, no image"),
     ],
 )
 def test_what_is_no_history_is_named(tmp_path: Path, content: Any, problem: str) -> None:

@@ -1,6 +1,7 @@
 """Search, and an index that is on the disk whole or not at all."""
 
 import json
+import math
 import pickle
 import resource
 import shutil
@@ -704,6 +705,8 @@ def test_a_score_below_which_nothing_matches(saved: Path) -> None:
         assert index.search(query, k=20, min_score=score) == [m for m in every if m.score >= score]
     with pytest.raises(TypeError, match="`min_score` must be a number"):
         index.search(query, min_score="high")
+    with pytest.raises(ValueError, match=r"`min_score` must be in \[-inf, inf\], got nan"):
+        index.search(query, min_score=math.nan)
 
 
 def test_some_classes_alone(saved: Path) -> None:

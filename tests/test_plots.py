@@ -1,13 +1,16 @@
 """Pictures: what they show, and that they are legible."""
 
+import errno
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from pairclip import Evaluation, History, evaluate_embeddings
@@ -246,6 +249,25 @@ def test_without_matplotlib_the_error_says_what_to_install() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pip install pairclip[plot]" in run.stdout
+
+
+def test_a_picture_is_whole_or_the_old_one(tmp_path: Path, monkeypatch) -> None:
+    history = History([{"step": 1, "loss": 0.5, "learning_rate": 0.1, "gradient_norm": None}])
+    plot_history(history, path=tmp_path / "a")  # named as matplotlib does
+    plot_history(history, path=tmp_path / "a.SVG")
+    before = (tmp_path / "a.png").read_bytes()
+    with pytest.raises(ValueError, match="Format 'abc' is not supported"):
+        plot_history(history, path=tmp_path / "a.abc")
+
+    def full(figure: Figure, file: Any, **_: Any) -> None:
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    with pytest.raises(OSError, match=r"a\.png"):
+        plot_history(history, path=tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.SVG", "a.png"]
 
 
 def test_names_in_any_script_and_undecodable_ones_are_drawn(

@@ -224,7 +224,8 @@ def test_kept_trials_are_of_the_very_loss(tmp_path: Path) -> None:
     notes = list(tmp_path.glob("trial-*.json"))
     assert len(notes) == 2
     for note in notes:
-        note.write_text("{}")
+        read = json.loads(note.read_text())
+        note.write_text(json.dumps(read | {"fold": 1}))
     with pytest.raises(ValueError, match="is damaged: it holds no trial"):
         compare_recipes(tower, images(), recipes, **options)
 

@@ -234,10 +234,18 @@ def test_a_row_of_any_length_has_a_direction(dtype: torch.dtype, length: float) 
     assert_close(scores, expected[:1, :2])
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of torch, whatever is quantized or nested
 def test_what_has_no_values_is_named() -> None:
     rows = random_rows(4)
+    quantized = torch.quantize_per_tensor(rows.float(), 0.1, 0, torch.qint8)
     with pytest.raises(TypeError, match=r"`a` must be a dense tensor.*`a\.to_dense\(\)`"):
         similarity_matrix(rows.to_sparse())
+    with pytest.raises(TypeError, match=r"`a` must be a plain tensor, got a quantized one"):
+        similarity_matrix(quantized)
+    with pytest.raises(TypeError, match=r"`labels` must be a plain .* `labels.dequantize\(\)`"):
+        class_similarity_matrix(rows, quantized[:, 0])
+    with pytest.raises(TypeError, match=r"`a` must be a plain tensor, got a nested one"):
+        similarity_matrix(torch.nested.nested_tensor([*rows]))
     with pytest.raises(ValueError, match="`queries` must have values, got a tensor on the device"):
         nearest_neighbors(rows.to("meta"), k=1)
     with pytest.raises(ValueError, match=r"`corpus` must have at least one number in each row"):

@@ -35,7 +35,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from pairclip import VisionTower, load_tower
+from pairclip import VisionTower, _files, load_tower
 from pairclip.towers import loading, random_tower
 from pairclip.towers.preprocess import Preprocess
 
@@ -516,6 +516,22 @@ def test_damage_of_a_saved_tower_is_named(folder: Path, tmp_path: Path) -> None:
     sums.write_text("[]")
     with pytest.raises(ValueError, match=r"pairclip_checksums\.json' is damaged: its checksum"):
         load_tower(saved)
+    _files.write_json(sums, _files.sealed({"format": 1}))
+    with pytest.raises(
+        ValueError, match=r"pairclip_checksums\.json' is damaged: it names no files"
+    ):
+        load_tower(saved)
+
+
+def test_the_folder_that_the_process_is_in_stays_its_folder(tmp_path: Path, monkeypatch) -> None:
+    for place in (tmp_path / "saved" / "within", tmp_path / "saved"):
+        place.mkdir(parents=True, exist_ok=True)
+        monkeypatch.chdir(place)
+        tower = random_tower(image_size=8, patch_size=4, seed=len(place.parts))
+        tower.save_pretrained(tmp_path / "saved")
+        assert Path.cwd() == place
+        assert load_tower(tmp_path / "saved").fingerprint() == tower.fingerprint()
+    assert load_tower(".").fingerprint() == tower.fingerprint()
 
 
 def test_a_saved_tower_that_was_changed_by_hand_says_how_it_can_be_loaded(
@@ -628,6 +644,25 @@ def test_damaged_or_foreign_configs(folder: Path) -> None:
             load_tower(folder)
     (folder / "config.json").write_text('{"model_type": "siglip2"}')
     with pytest.raises(ValueError, match=r"NaFlex\), which is not supported: use .*fixed"):
+        load_tower(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("config.json", {"vision_config": 3}),
+        ("config.json", {"vision_config": {"patch_size": 0}}),
+        ("preprocessor_config.json", {"image_std": []}),
+        ("preprocessor_config.json", {"resample": -1}),
+        ("preprocessor_config.json", {"resample": "sharp"}),
+    ],
+)
+def test_what_a_library_can_not_make_of_a_file_names_the_folder(
+    folder: Path, file: str, change: dict[str, Any]
+) -> None:
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(content | change))
+    with pytest.raises(ValueError, match=re.escape(f"'{folder}'")):
         load_tower(folder)
 
 

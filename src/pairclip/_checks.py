@@ -19,12 +19,13 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
-def check_positive_int(name: str, value: object) -> None:
-    """Raise unless `value` is an integer of at least 1."""
+def check_positive_int(name: str, value: object) -> int:
+    """Return `value` as an int, or raise unless it is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"`{name}` must be an integer, got {value!r}.")
     if value < 1:
         raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    return int(value)
 
 
 def check_count(name: str, value: object) -> int:
@@ -65,14 +66,14 @@ def check_embeddings(name: str, value: Any) -> None:
     """Raise unless `value` is dense floating point ``[N, D]``, D at least 1; no value is read."""
     if not isinstance(value, (Tensor, np.ndarray)):
         raise TypeError(f"`{name}` must be a tensor or a NumPy array, got {type(value).__name__}.")
+    if isinstance(value, Tensor):
+        _check_dense(name, value)
     if value.ndim != 2:
         raise ValueError(
             f"`{name}` must have shape [N, D], one row per image, got {list(value.shape)}."
         )
     if not (value.is_floating_point() if isinstance(value, Tensor) else value.dtype.kind == "f"):
         raise TypeError(f"`{name}` must be floating point, got {value.dtype}.")
-    if isinstance(value, Tensor):
-        _check_dense(name, value)
     if value.shape[1] == 0:
         raise ValueError(
             f"`{name}` must have at least one number in each row, got shape {list(value.shape)}."
@@ -84,6 +85,9 @@ def _check_dense(name: str, value: Tensor) -> None:
         raise TypeError(
             f"`{name}` must be a dense tensor, got layout {value.layout}. Give `{name}.to_dense()`."
         )
+    if value.is_nested or value.is_quantized:
+        kind, fix = ("nested", "unbind()") if value.is_nested else ("quantized", "dequantize()")
+        raise TypeError(f"`{name}` must be a plain tensor, got a {kind} one. Use `{name}.{fix}`.")
     if value.is_meta:
         raise ValueError(f"`{name}` must have values, got a tensor on the device 'meta'.")
 

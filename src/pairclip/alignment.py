@@ -128,8 +128,7 @@ class Alignment:
         copies = {name: tensor.clone() for name, tensor in tensors.items()}
         if tensors.metadata.get("sha256") != _checksum(text, copies):
             raise ValueError(f"'{path}' is damaged: its checksum differs.")
-        settings = json.loads(text)
-        check_format(settings.pop("format"), _FORMAT, f"'{path}'")
+        settings = _settings(text, path)
         fingerprints = settings.pop("fingerprints")
         if tower is not None and fingerprints is None:
             raise ValueError(
@@ -262,6 +261,24 @@ class _Ridge:
             wanted = y + self.target_mean
             total += float(torch.cosine_similarity(wanted - residual, wanted, dim=1).sum())
         return total / len(self.source)
+
+
+def _settings(text: str, path: Path) -> dict[str, Any]:
+    """What `Alignment.save` wrote beside the tensors, each value of its kind."""
+    kinds = {"shrinkage": float, "cosine": float, "num_images": int}
+    try:
+        settings = json.loads(text)
+    except (ValueError, RecursionError):
+        settings = None
+    if isinstance(settings, dict):
+        check_format(settings.pop("format", None), _FORMAT, f"'{path}'")
+        towers = settings.get("fingerprints", "missing")
+        if settings.keys() == {*kinds, "fingerprints"} and (
+            all(isinstance(settings[name], kind) for name, kind in kinds.items())
+            and (towers is None or (isinstance(towers, list) and len(towers) == 2))
+        ):
+            return settings
+    raise ValueError(f"'{path}' is damaged: its settings are not those of an alignment.")
 
 
 def _unit(name: str, embeddings: Any) -> Tensor:

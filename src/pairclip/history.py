@@ -100,7 +100,8 @@ def _problem_of(read: Any) -> str | None:
         return f"`skipped_steps` is {read['skipped_steps']!r}, no count"
     if not (read["stop_reason"] is None or isinstance(read["stop_reason"], str)):
         return f"`stop_reason` is {read['stop_reason']!r}, no text"
-    for number, record in enumerate(read.get("unreadable", ())):
+    images = read.get("unreadable", [])
+    for number, record in enumerate(images if isinstance(images, list) else [images]):
         if not (isinstance(record, dict) and type(record.get("index")) is int):
             return f"record {number} in `unreadable` is {record!r}, no image"
     return None

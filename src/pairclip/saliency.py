@@ -93,7 +93,7 @@ def occlusion_saliency(
     similarity = rows[1:] @ rows[0]
     places = grid - window + 1
     falls = (similarity[0] - similarity[1:]).view(1, 1, places, places)
-    spread = torch.ones(1, 1, window, window)
+    spread = falls.new_ones(1, 1, window, window)
     total, windows = (
         torch.nn.functional.conv_transpose2d(each, spread)[0, 0]
         for each in (falls, torch.ones_like(falls))

@@ -141,7 +141,7 @@ def nearest_neighbors(
                 f"`queries` and `corpus` must have the same embedding size, got "
                 f"{queries.shape[1]} and {searched.shape[1]}."
             )
-    _checks.check_positive_int("k", k)
+    k = _checks.check_positive_int("k", k)
     if k > len(searched) - own:
         raise ValueError(
             f"`k` must be at most the number of {'other rows' if own else 'rows of `corpus`'}, "

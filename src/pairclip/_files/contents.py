@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -24,13 +25,20 @@ def read_json(path: Path) -> Any:
     check_is_file(path)
     try:
         return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"'{path}' is damaged: it is not valid JSON ({error}).") from error
+    except (ValueError, RecursionError, MemoryError) as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"'{path}' is damaged: it is not valid JSON ({reason}).") from error
 
 
 def check_is_file(path: Path) -> None:
     """Raise if there is nothing, or what has no end: a pipe, a device, or a link to one."""
-    if not stat.S_ISREG(path.stat().st_mode):
+    try:
+        is_file = stat.S_ISREG(path.stat().st_mode)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        is_file = False  # links that lead to each other
+    if not is_file:
         raise ValueError(f"'{path}' is damaged: it is not a file.")
 
 
@@ -75,7 +83,7 @@ def check_format(found: object, newest: int, what: str) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses, dicts and arrays as JSON has them; None where a metric is NaN."""
+    """Dataclasses, dicts and arrays as JSON has them; None where a metric is no finite number."""
     if dataclasses.is_dataclass(value):
         value = vars(value)
     if isinstance(value, dict):
@@ -83,6 +91,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(each) for each in value]
     if isinstance(value, np.ndarray):
-        missing = np.isnan(value)
+        missing = ~np.isfinite(value)
         return (np.where(missing, np.array(None), value) if missing.any() else value).tolist()
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -44,5 +44,8 @@ def _link_or_copy(source: str | os.PathLike[str], target: str | os.PathLike[str]
 
 
 def is_fixed(path: Path) -> bool:
-    """Whether a folder can't be moved: a disk is mounted there, or its parent is not ours."""
-    return os.path.ismount(path) or not os.access(path.parent, os.W_OK)
+    """Whether a folder can't be moved: it is a disk, its parent is not ours, or we are in it."""
+    if os.path.ismount(path) or not os.access(path.parent, os.W_OK):
+        return True
+    here = Path.cwd()
+    return any(folder.samefile(path) for folder in (here, *here.parents))

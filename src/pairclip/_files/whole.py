@@ -258,10 +258,15 @@ def _written_into(path: Path, key: str) -> Iterator[Path]:
         unfinished.mkdir()
         yield unfinished
         _flush_all(unfinished)
+        files = [file.relative_to(unfinished) for file in unfinished.rglob("*") if file.is_file()]
+        folders = {path / file.parent for file in files}
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
         (path / key).unlink(missing_ok=True)
-        for file in sorted(unfinished.iterdir(), key=lambda file: file.name == key):
-            os.replace(file, path / file.name)
-        flush(path)
+        for file in sorted(files, key=lambda file: file == Path(key)):
+            os.replace(unfinished / file, path / file)
+        for folder in folders:
+            flush(folder)
     except OSError as error:
         _name_the_file(error, path)
         raise

@@ -77,8 +77,12 @@ class Checkpoint:
 
     def state(self) -> dict[str, Any]:
         """Everything but the weights, as ``write_checkpoint`` was given it."""
-        tensors = _read_tensors(self.folder / TENSORS)
-        content: dict[str, Any] = unpack(_files.read_json(self.folder / STATE), tensors)
+        path = self.folder / STATE
+        tensors, read = _read_tensors(self.folder / TENSORS), _files.read_json(path)
+        try:
+            content: dict[str, Any] = unpack(read, tensors)
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"'{path}' is damaged: it holds no state of a fit.") from error
         return content
 
 
@@ -150,7 +154,18 @@ def folders_in(directory: str | os.PathLike[str]) -> list[tuple[int, Path]]:
         if (match := _NAME.fullmatch(name) or _ASIDE.fullmatch(name)) and name not in successors
     ]
     folders = [(int(match[1]), directory / match[0]) for match in matches]
-    return [(step, folder) for step, folder in folders if stat.S_ISDIR(folder.stat().st_mode)]
+    modes = [folder.lstat().st_mode for _, folder in folders]
+    # A link may lead nowhere: a checkpoint that is not there, rather than none.
+    return [
+        each
+        for each, mode in zip(folders, modes, strict=True)
+        if stat.S_ISDIR(mode) or stat.S_ISLNK(mode)
+    ]
+
+
+def is_figure(value: object) -> bool:
+    """Whether checkpoints can be ordered by it."""
+    return type(value) in (int, float) and -math.inf < value < math.inf  # type: ignore[operator]
 
 
 def manifest_of(step: int, folder: Path) -> dict[str, Any]:
@@ -168,7 +183,7 @@ def manifest_of(step: int, folder: Path) -> dict[str, Any]:
         entry = files.get(name) if isinstance(files, dict) else None
         if not (isinstance(entry, dict) and {"size", "sha256"} <= set(entry)):
             raise ValueError(f"{MANIFEST} tells nothing of {name}")
-    if not (figure is None or (type(figure) in (int, float) and math.isfinite(figure))):
+    if not (figure is None or is_figure(figure)):
         raise ValueError(f"the figure in its {MANIFEST} is {figure!r}")
     return manifest
 
@@ -200,7 +215,7 @@ def _until_none_is_gone(find: Callable[[], _T]) -> _T:
 def _listed(directory: str | os.PathLike[str]) -> list[tuple[int, Path, int]]:
     """Step and folder of what looks like a checkpoint, and the folder's number in the system."""
     try:
-        return [(step, folder, folder.stat().st_ino) for step, folder in folders_in(directory)]
+        return [(step, folder, folder.lstat().st_ino) for step, folder in folders_in(directory)]
     except FileNotFoundError:
         raise _GoneError from None
 
@@ -210,7 +225,7 @@ def _whole(listed: tuple[int, Path, int]) -> Checkpoint | None:
     try:
         return verified(step, folder)
     except (OSError, ValueError, RecursionError) as error:
-        if not folder.exists() or folder.stat().st_ino != number:
+        if not os.path.lexists(folder) or folder.lstat().st_ino != number:
             raise _GoneError from error
         if isinstance(error, _files.NewerFormatError):
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import warnings
@@ -21,6 +22,7 @@ from pairclip.checkpoints.checkpoint import (
     TENSORS,
     WEIGHTS,
     folders_in,
+    is_figure,
     manifest_of,
     verified,
 )
@@ -52,7 +54,7 @@ def write_checkpoint(
     tensors: dict[str, Tensor] = {}
     content = pack(state, tensors, "state")
     final = directory / f"step-{step:08d}"
-    if final.exists() and not final.is_dir():
+    if final.is_symlink() or (final.exists() and not final.is_dir()):
         raise FileExistsError(f"'{final}' is not a checkpoint, and in the place of one.")
     remove_leftovers(directory)
     with _files.whole_folder(final) as folder:
@@ -67,7 +69,7 @@ def write_checkpoint(
         manifest: dict[str, Any] = {
             "format": FORMAT,
             "step": step,
-            "figure": figure,
+            "figure": figure if is_figure(figure) else None,
             "files": files,
         }
         manifest["sha256"] = _files.checksum_of_fields(manifest)
@@ -122,7 +124,11 @@ def _is_whole(step: int, folder: Path) -> bool:
             verified(step, folder)
             _WHOLE[folder] = state
         return True
-    except (FileNotFoundError, RecursionError):
+    except RecursionError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise
         return False
     except ValueError as error:
         return isinstance(error, _files.NewerFormatError)

@@ -78,9 +78,9 @@ def index_of(
             print("Nothing has changed since they were indexed.")
             _say_unreadable(before["unreadable"])
             return index
-        except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+        except (ValueError, FileNotFoundError) as error:
             print(f"Indexing anew, since the saved index can't be used. {error}")
-        (saved / CONTENTS).unlink()
+        (saved / CONTENTS).unlink(missing_ok=True)
     problems = pairclip.check_images(([*files], [0] * len(files)), num_workers=args.num_workers)
     unreadable = {str(problem.path): problem.reason for problem in problems}
     _say_unreadable(unreadable)
@@ -101,8 +101,11 @@ def read_contents(saved: Path) -> dict[str, Any]:
     """What the index was made of."""
     from pairclip._files import read_json
 
-    contents = read_json(saved / CONTENTS)
-    if not (isinstance(contents, dict) and {"model", "files", "unreadable"} <= contents.keys()):
+    contents: dict[str, Any] = read_json(saved / CONTENTS)
+    kinds = {"model": str, "files": dict, "unreadable": dict}
+    if not isinstance(contents, dict) or any(
+        not isinstance(contents.get(name), kind) for name, kind in kinds.items()
+    ):
         raise ValueError(f"'{saved / CONTENTS}' is damaged: it is not what `pairclip index` wrote.")
     return contents
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import shutil
@@ -73,8 +72,10 @@ def open_run(
 
 def warn_if_tuned_on(model: str, data: Path, part: str | None) -> None:
     """Warn where the tower of a run is about to be evaluated on images that it was tuned on."""
+    from pairclip import _files
+
     try:
-        run = json.loads((Path(model).parent / RUN).read_text(encoding="utf-8"))
+        run = _files.read_json(Path(model).parent / RUN)
         whole = Path(run["folder"], run["arguments"]["data"]).resolve()
         split = run["data"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -96,8 +97,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _made_when(path: Path) -> str:
+    from pairclip import _files
+
     try:
-        return f" of {json.loads(path.read_text(encoding='utf-8'))['made']}"
+        return f" of {_files.read_json(path)['made']}"
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 

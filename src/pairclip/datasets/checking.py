@@ -8,11 +8,12 @@ from typing import Generic, TypeVar
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from pairclip import _checks
 from pairclip._progress import progress
 from pairclip._randomness import random_state_kept
+from pairclip.datasets.loading import HostLoader
 from pairclip.datasets.source import Source
 
 _AT_ONCE = 32
@@ -64,7 +65,7 @@ def look_at(
     _checks.check_count("num_workers", num_workers)
     if source.of_features:
         raise TypeError("`dataset` must be of images, got cached features.")
-    loader = DataLoader(
+    loader = HostLoader(
         _Attempts(source, look),
         batch_size=_AT_ONCE,
         num_workers=num_workers,

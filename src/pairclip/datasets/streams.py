@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from pairclip import _checks
 from pairclip._randomness import Stream, drawn_apart
+from pairclip.datasets.loading import HostLoader
 from pairclip.datasets.notices import Notices
 from pairclip.datasets.stream_items import (
     Decoder,
@@ -135,9 +135,7 @@ class StreamBatches:
         for pixel_values, labels, _ in self._loader(drawn, num_workers=num_workers):
             yield pixel_values, labels
 
-    def run(
-        self, start: StreamPlace, num_batches: int, share: slice, **loading: Any
-    ) -> DataLoader[tuple[Tensor, Tensor, StreamPlace]]:
+    def run(self, start: StreamPlace, num_batches: int, share: slice, **loading: Any) -> HostLoader:
         """A process's slices of so many batches, over epochs, each with the place after it.
 
         Args:
@@ -153,8 +151,8 @@ class StreamBatches:
         self._check_can_start(start)
         return self._loader(self._from(start, num_batches, share), **loading)
 
-    def _loader(self, drawn: Iterator[StreamBatch], **loading: Any) -> DataLoader[Any]:
-        return DataLoader(
+    def _loader(self, drawn: Iterator[StreamBatch], **loading: Any) -> HostLoader:
+        return HostLoader(
             Decoder(self.preprocess, self.seed, self._notices),
             batch_sampler=drawn,  # type: ignore[arg-type] # which takes any iterable
             collate_fn=as_it_is,

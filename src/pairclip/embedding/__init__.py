@@ -1,11 +1,10 @@
 """Embeddings of images by a tower, divided among processes."""
 
 from pairclip.embedding.embed import Precision, embed, embed_images
-from pairclip.embedding.pixels import HostLoader, Pixels, are_images, opened, pixel_batches
+from pairclip.embedding.pixels import Pixels, are_images, opened, pixel_batches
 from pairclip.embedding.processes import Together, lost_processes_named
 
 __all__ = [
-    "HostLoader",
     "Pixels",
     "Precision",
     "Together",

@@ -152,7 +152,7 @@ def embed(
             if result is None:
                 # Not a tensor of inference alone: others may train on it.
                 with torch.inference_mode(mode=False):
-                    result = torch.empty(count, embeddings.shape[1], device="cpu")
+                    result = embeddings.new_empty((count, embeddings.shape[1]), device="cpu")
             _check_size(result, embeddings.shape[1])
             arriving.append((start, *_on_its_way(embeddings)))
             start += len(embeddings)
@@ -255,7 +255,7 @@ def _from_all(
             "the same `tower`, and an `out` that fits it."
         )
     if result is None:
-        result = torch.empty(count, *first, device="cpu")
+        result = torch.empty(count, *first, dtype=torch.float32, device="cpu")
     for other in range(together.processes if together.processes > 1 else 0):
         share = _share(count, other, together.processes)
         for start in share[::_ROWS]:

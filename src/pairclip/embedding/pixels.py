@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from pairclip.datasets import LabelledImages
+from pairclip.datasets.loading import HostLoader
 from pairclip.towers.preprocess import Preprocess
 
 
@@ -34,15 +35,6 @@ class Pixels(Dataset[Tensor]):
         if isinstance(self.preprocess, Preprocess):
             return self.preprocess.batch(self.images[index][0] for index in indices)
         return [self[index] for index in indices]
-
-
-class HostLoader(DataLoader[Any]):
-    """A `DataLoader` that works in memory of the host, whatever the default device is."""
-
-    def __iter__(self) -> Any:
-        # Its generator is the CPU's, and what it draws would be elsewhere; workers know no device.
-        with torch.device("cpu"):
-            return super().__iter__()
 
 
 def pixel_batches(

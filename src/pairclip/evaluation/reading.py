@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -56,7 +57,7 @@ def fields_of(content: Any) -> dict[str, Any]:
         gallery = _integers("gallery_labels", content["gallery_labels"], (None,), classes)
         fields["gallery_labels"] = gallery
     if "unreadable" in content:
-        fields["unreadable"] = [_problem(each) for each in content["unreadable"]]
+        fields["unreadable"] = list(map(_problem, _list("unreadable", content["unreadable"])))
     matrix = content["class_similarity"]
     neighbors = _integers("neighbors", content["neighbors"], (queries, None), len(gallery))
     for group in ("per_class", "per_query"):
@@ -73,7 +74,10 @@ def fields_of(content: Any) -> dict[str, Any]:
         if matrix is None
         else _floats("class_similarity", matrix, (classes, classes)),
         "class_names": names,
-        "confused_classes": [_confused(each, names) for each in content["confused_classes"]],
+        "confused_classes": [
+            _confused(each, names)
+            for each in _list("confused_classes", content["confused_classes"])
+        ],
         "labels": labels,
         "queries": _integers("queries", content["queries"], (queries,), images),
         "per_class": {
@@ -119,14 +123,20 @@ def _problem(value: Any) -> Problem:
 def _number(name: str, value: Any) -> float:
     if value is None:
         return math.nan
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
         raise ValueError(f"`{name}` is no number: {value!r}")
-    return value
+    return float(value)
 
 
 def _count(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"`{name}` is no count: {value!r}")
+    return value
+
+
+def _list(name: str, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"`{name}` is no list: {value!r}")
     return value
 
 
@@ -152,7 +162,7 @@ def _floats(name: str, value: Any, shape: tuple[int | None, ...]) -> FloatArray:
     array = _array(name, value, shape, "ifO")
     try:
         floats = array.astype(np.float64)  # None becomes NaN
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"`{name}` has something else than numbers") from error
     if np.isinf(floats).any():
         raise ValueError(f"`{name}` has infinite values")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,15 @@ from accelerate.utils import gather_object
 from pairclip.checkpoints import differences
 
 _FITTING = threading.RLock()
+
+
+def _none_is_fitting() -> None:
+    global _FITTING
+    _FITTING = threading.RLock()  # that of a thread which a fork has left behind is held for ever
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_none_is_fitting)
 
 
 def check_same(accelerator: Accelerator, statement: Mapping[str, Any]) -> None:
@@ -76,7 +86,8 @@ def one_fit_at_a_time() -> Iterator[None]:
     Raises:
         RuntimeError: If there is one.
     """
-    if not _FITTING.acquire(blocking=False):
+    lock = _FITTING
+    if not lock.acquire(blocking=False):
         raise RuntimeError(
             "Another thread of this program is in a fit, and both would draw from the same global "
             "random generators. Wait for its end, or start the second fit in a process of its own."
@@ -84,4 +95,4 @@ def one_fit_at_a_time() -> Iterator[None]:
     try:
         yield
     finally:
-        _FITTING.release()
+        lock.release()

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from pairclip._randomness import Stream, drawn_apart, random_state_kept, seed_all
-from pairclip.embedding import HostLoader
+from pairclip.datasets.loading import HostLoader
 from pairclip.finetuner.agreement import BatchDigests
 from pairclip.finetuner.images import FitImages, KeptDeck, kept_deck
 from pairclip.samplers import PairSampler, default_sampler

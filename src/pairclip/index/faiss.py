@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,12 +18,20 @@ from pairclip._vectors import unit_rows
 from pairclip.index.match import matches_of
 from pairclip.index.queries import Searcher, is_one
 from pairclip.index.segments import ROWS
+from pairclip.index.storage import is_list_of
 from pairclip.towers import VisionTower
 
 _HEADER = "faiss_index.json"
 _FORMAT, _VERSION = "pairclip.FaissIndex", 1
 _FILE = re.compile(r"faiss_index-[0-9a-f]{32}\.safetensors")
 _TRAINED_ON = 200_000  # rows that FAISS finds its cells and codes from
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "fingerprint": lambda value: isinstance(value, str),
+    "class_names": lambda value: value is None or is_list_of(str)(value),
+    "paths": lambda value: value is None or is_list_of(str, type(None))(value),
+    "file": lambda value: _FILE.fullmatch(str(value)) is not None,
+    "file_sha256": lambda value: isinstance(value, str),
+}
 
 
 def faiss_of(pieces: Iterable[Tensor], count: int, factory: str, nprobe: int | None) -> Any:
@@ -111,7 +119,7 @@ class FaissIndex:
             TypeError: As for `ImageIndex.search`.
         """
         if min_score is not None:
-            _checks.check_number("min_score", min_score)
+            _checks.check_in("[-inf, inf]", "min_score", min_score)
         scores, indices = self.nearest_neighbors(queries, k)
 
         def lookup(index: int) -> tuple[str | None, int | None]:
@@ -135,7 +143,7 @@ class FaissIndex:
             ValueError: As for `search`.
             TypeError: As for `search`.
         """
-        _checks.check_positive_int("k", k)
+        k = _checks.check_positive_int("k", k)
         embeddings = self._searcher.embeddings_of(queries, self.faiss.d)
         scores, indices = self.faiss.search(_array(unit_rows(embeddings)), min(k, len(self)))
         return torch.from_numpy(scores), torch.from_numpy(indices)
@@ -211,6 +219,8 @@ class FaissIndex:
             paths=header["paths"],
             searcher=Searcher(tower, header["fingerprint"]),
         )
+        if index.paths is not None and len(index.paths) != len(index):
+            raise ValueError(f"'{path}' is damaged: it has not as many images as paths.")
         index._searcher.check_tower()
         return index
 
@@ -280,9 +290,9 @@ def _read_header(folder: Path) -> dict[str, Any]:
         raise ValueError(f"'{path}' is no FAISS index of pairclip.")
     _files.check_seal(header, path)
     _files.check_format(header.get("version"), _VERSION, f"'{path}'")
-    fields = {"fingerprint", "class_names", "paths", "file", "file_sha256"}
-    if not fields <= header.keys() or _FILE.fullmatch(str(header["file"])) is None:
-        raise ValueError(f"'{path}' is damaged: a field is missing or wrong.")
+    for field, is_valid in _FIELDS.items():
+        if field not in header or not is_valid(header[field]):
+            raise ValueError(f"'{path}' is damaged: its field {field!r} is missing or wrong.")
     return header
 
 

@@ -98,4 +98,4 @@ def _sample_of(tower: VisionTower) -> Tensor:
         weight.detach().flatten()[:: max(1, weight.numel() // _SAMPLED)].double().cpu()
         for weight in [*tower.parameters(), *tower.buffers()]
     ]
-    return torch.cat([torch.zeros(0, device="cpu"), *sampled])
+    return torch.cat([torch.zeros(0, dtype=torch.float64, device="cpu"), *sampled])

@@ -77,7 +77,7 @@ class ExactSearch:
             TypeError: If an argument is of the wrong kind.
         """
         if min_score is not None:
-            _checks.check_number("min_score", min_score)
+            _checks.check_in("[-inf, inf]", "min_score", min_score)
         scores, indices = self.nearest_neighbors(queries, k, class_names=class_names)
         starts = [0, *accumulate(map(len, self._segments))]
 
@@ -106,7 +106,7 @@ class ExactSearch:
             ValueError: As for `search`.
             TypeError: As for `search`.
         """
-        _checks.check_positive_int("k", k)
+        k = _checks.check_positive_int("k", k)
         wanted = None if class_names is None else self._ids_of(class_names)
         embeddings = self._searcher.embeddings_of(queries, self._segments[0].rows.shape[1])
         return nearest(self._segments, embeddings, k, wanted)

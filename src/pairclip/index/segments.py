@@ -134,7 +134,7 @@ class Segment:
     def _all_lengths(self) -> Tensor:
         """Of each row, near 1: found once, as dividing the rows takes longer than a query."""
         if self._lengths is None:
-            self._lengths = torch.ones(len(self.rows), device="cpu")
+            self._lengths = torch.ones(len(self.rows), dtype=torch.float32, device="cpu")
             for start in range(0, len(self.rows), ROWS):
                 piece = slice(start, start + ROWS)
                 blocks = self.rows[piece].split(_BLOCK)

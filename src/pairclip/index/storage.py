@@ -274,8 +274,9 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
-def _is_list_of(kind: type) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and set(map(type, value)) <= {kind}
+def is_list_of(*kinds: type) -> Callable[[Any], bool]:
+    """Says of a value whether it is a list of nothing else."""
+    return lambda value: isinstance(value, list) and set(map(type, value)) <= {*kinds}
 
 
 def _is_file_entry(value: Any) -> bool:
@@ -294,7 +295,7 @@ def _is_segment(value: Any) -> bool:
     removed, rows = value.get("removed"), value["num_rows"]
     return (
         _SHA256.fullmatch(str(value.get("details_sha256"))) is not None
-        and _is_list_of(int)(removed)
+        and is_list_of(int)(removed)
         and min(removed, default=0) >= 0
         and max(removed, default=0) < rows
         and len(set(removed)) < rows
@@ -308,7 +309,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "embedding_dim": _is_count,
     "dtype": lambda value: isinstance(value, str) and value in DTYPES,
     "has_labels": lambda value: isinstance(value, bool),
-    "class_names": lambda value: value is None or _is_list_of(str)(value),
+    "class_names": lambda value: value is None or is_list_of(str)(value),
 }
 _FIRST: dict[str, Callable[[Any], bool]] = {
     "tensors": _is_file_entry,

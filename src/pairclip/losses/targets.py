@@ -249,7 +249,7 @@ def _many_hot(lists: Sequence[Iterable[Hashable]]) -> Tensor:
         for row, labels in enumerate(lists)
         for label in labels
     ]
-    hot = torch.zeros(len(lists), len(columns), device="cpu")
+    hot = torch.zeros(len(lists), len(columns), dtype=torch.float32, device="cpu")
     if places:
         hot[tuple(torch.tensor(places, device="cpu").T)] = 1
     return hot

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+from pairclip._files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,7 +60,9 @@ def saved(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
             )
             warnings.filterwarnings("ignore", "Glyph .* missing from")  # once is enough
         if path is not None:
-            figure.savefig(path)
+            kind = Path(path).suffix[1:] or figure.canvas.get_default_filetype()
+            with whole_file(Path(path).with_suffix(f".{kind}")) as file:
+                figure.savefig(file, format=kind)
     return figure
 
 

@@ -64,7 +64,7 @@ def plot_retrieval(
         >>> [axes.get_title() for axes in figure.axes]
         ['1', '✓ 1  1.00', '✗ 0  0.00']
     """
-    _checks.check_positive_int("k", k)
+    k = _checks.check_positive_int("k", k)
     kept = evaluation.neighbors.shape[1]
     if k > kept:
         raise ValueError(f"`k` must be at most the {kept} neighbours of the evaluation, got {k}.")

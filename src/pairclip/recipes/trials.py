@@ -13,7 +13,7 @@ import numpy.typing as npt
 from torch import nn
 from torch.utils.data import Subset
 
-from pairclip._files import bytes_of, plain, read_json, write_json
+from pairclip._files import bytes_of, check_seal, plain, read_json, sealed, write_json
 from pairclip.datasets import LabelledImages
 from pairclip.embedding import Pixels, embed_images
 from pairclip.evaluation import evaluate_embeddings
@@ -30,7 +30,7 @@ IntArray = npt.NDArray[np.int64]
 # its class.
 Scores = dict[str, dict[str, FloatArray]]
 
-_FORMAT = "pairclip trial 1"
+_FORMAT = "pairclip trial 2"
 _SAMPLE = 16
 
 
@@ -176,8 +176,9 @@ class Trials:
         path = self._path(self.folder, recipe, fold, steps)
         if not path.exists():
             return None
-        read = read_json(path)
         try:
+            read = read_json(path)
+            check_seal(read, path)
             return {
                 place: {metric: np.array(values, float) for metric, values in of_place.items()}
                 for place, of_place in read["scores"].items()
@@ -191,5 +192,5 @@ class Trials:
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        what = {"recipe": recipe.to_dict(), "fold": fold, "steps": steps}
-        write_json(self._path(self.folder, recipe, fold, steps), {**what, "scores": plain(scores)})
+        what = {"recipe": recipe.to_dict(), "fold": fold, "steps": steps, "scores": plain(scores)}
+        write_json(self._path(self.folder, recipe, fold, steps), sealed(what))

@@ -50,7 +50,7 @@ def recall_at_k(
         >>> recall_at_k(embeddings, torch.tensor([0, 0, 1, 1]))
         1.0
     """
-    _checks.check_positive_int("k", k)
+    k = _checks.check_positive_int("k", k)
     return means([recall(k)], embeddings, labels, queries, query_labels)[0]
 
 
@@ -85,7 +85,7 @@ def precision_at_k(
         >>> precision_at_k(embeddings, torch.tensor([0, 0, 1, 1]), k=2)
         0.5
     """
-    _checks.check_positive_int("k", k)
+    k = _checks.check_positive_int("k", k)
     return means([precision(k)], embeddings, labels, queries, query_labels)[0]
 
 
@@ -265,7 +265,7 @@ def knn_accuracy(
         >>> knn_accuracy(train, torch.tensor([0, 1]), test, torch.tensor([0, 1]), k=1)
         1.0
     """
-    _checks.check_positive_int("k", k)
+    k = _checks.check_positive_int("k", k)
     names = ("train", "train_labels", "test", "test_labels")
     search = prepare(train, train_labels, test, test_labels, names=names)
     if k > len(search.items):

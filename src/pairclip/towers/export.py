@@ -110,6 +110,7 @@ def _graph(tower: Body, pixels: Tensor, dtype: torch.dtype) -> bytes:
         with (
             evaluating(encoder),
             torch.no_grad(),
+            like(encoder).device,
             _traceable(),
             contextlib.redirect_stdout(io.StringIO()),  # the graph around what can't be exported
             warnings.catch_warnings(),

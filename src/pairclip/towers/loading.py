@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -106,8 +107,12 @@ def load_tower(
     if isinstance(source, (str, os.PathLike)):
         check = partial(_check_config, image_size=image_size)
         folder = hub.folder_of(source, revision=revision, check=check)
-        kind, model, processor = _read(folder, processor)
-        tower = kind.from_model(model, processor, image_size=image_size)
+        # What is loaded is the host's, whatever the default device is.
+        with torch.device("cpu"):
+            with _files_named(folder):
+                kind, model, processor = _read(folder, processor)
+            with _files_named(folder) if image_processor is None else nullcontext():
+                tower = kind.from_model(model, processor, image_size=image_size)
         tower.origin = sentence_transformers.folder_of_model(folder).absolute()
     elif not isinstance(source, nn.Module):
         raise TypeError(
@@ -123,6 +128,25 @@ def load_tower(
             processor = own if processor is None else processor
         tower = _kind_of(model, processor).from_model(model, processor, image_size=image_size)
     return tower if device is None else tower.to(device)
+
+
+@contextmanager
+def _files_named(folder: Path) -> Iterator[None]:
+    """Say of an error of a library, which tells of what is in a file, whose file it was."""
+    try:
+        yield
+    except (OSError, ImportError, NotImplementedError):
+        raise
+    except Exception as error:
+        named = isinstance(error, ValueError)
+        if f"{error}".startswith("`") or (named and str(folder) in f"{error}"):
+            raise  # of an argument, or it names the folder
+        if named:
+            raise ValueError(f"'{folder}': {error}") from error
+        raise ValueError(
+            f"'{folder}' can't be loaded. Its files may be damaged, or of another version of their "
+            f"library: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _kind_of(source: nn.Module, processor: Any) -> Any:

@@ -56,7 +56,9 @@ def check_files(folder: Path) -> None:
         return
     content = read_json(path)
     check_seal(content, path)
-    check_format(content["format"], _FORMAT, f"'{path}'")
+    check_format(content.get("format"), _FORMAT, f"'{path}'")
+    if not isinstance(content.get("files"), dict):
+        raise ValueError(f"'{path}' is damaged: it names no files.")
     for name, expected in content["files"].items():
         file = folder / name
         if not os.path.lexists(file):
