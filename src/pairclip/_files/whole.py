@@ -11,7 +11,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -96,13 +96,17 @@ def whole_folder(
 def restore_replaced(path: Path) -> None:
     """Bring back the folder that `whole_folder` put aside, or remove it if there is a new one."""
     replaced = put_aside(path)
-    if not os.path.lexists(replaced):
-        return
-    with suppress(FileNotFoundError):  # another was faster
-        if path.exists():
-            remove_folder(replaced)
-        else:
-            os.rename(replaced, path)
+    while os.path.lexists(replaced):
+        try:
+            if path.exists():
+                remove_folder(replaced)
+            else:
+                os.rename(replaced, path)
+        except FileNotFoundError:
+            return  # another was faster
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise  # else another writer's is there by now
 
 
 @contextmanager
