@@ -300,8 +300,75 @@ def test_processes_share_each_batch_of_a_stream() -> None:
         assert all_of_it[0].equal(torch.cat([one[0], other[0]]))
         assert all_of_it[1].equal(torch.cat([one[1], other[1]]))
         assert all_of_it[2] == one[2] == other[2]
-    digests = [place.digest for *_, place in whole]
+    digests = [batch.place.digest for batch in whole]
     assert len({*digests}) == len(digests)
+
+
+def broken(count: int = 2) -> list[Any]:
+    """The rows, of which so many of one class hold no image."""
+    stream = [(image.repeat(8, 0).repeat(8, 1), label) for image, label in ROWS]
+    for position in [i for i, (_, label) in enumerate(ROWS) if label == 1][:count]:
+        stream[position] = (b"no image", 1)
+    return stream
+
+
+@LEFT_OUT
+@pytest.mark.parametrize("workers", [0, 2])
+def test_another_image_of_its_class_takes_the_place_of_one_that_can_not_be_read(
+    workers: int,
+) -> None:
+    stream = broken()
+    bad = [i for i, (image, _) in enumerate(stream) if isinstance(image, bytes)]
+    expected = shown(StreamBatches(list(broken(0)), pixels, 3, 4, buffer_size=30))
+    batches = StreamBatches(stream, pixels, 3, 4, buffer_size=30, on_error="skip")
+    with pytest.warns(UserWarning, match=r"Item \d+ of the stream can't be read .*takes its place"):
+        drawn = shown(batches.load(num_workers=workers))
+    assert len(drawn) == len(expected)
+    for (values, labels), (exact, same) in zip(drawn, expected, strict=True):
+        assert labels == same
+        for value, label, wanted in zip(values, labels, exact, strict=True):
+            if wanted not in bad:
+                assert value == wanted
+            else:
+                assert value in set(values) - {*bad}
+                assert ROWS[value][1] == label
+    assert sorted(problem.index for problem in batches.unreadable) == bad
+    assert "cannot identify image" in batches.unreadable[0].reason
+    start = StreamPlace(0, 0, 0)
+    whole, first, last = (
+        list(batches.run(start, 5, share)) for share in (slice(0, 12), slice(0, 6), slice(6, 12))
+    )
+    for all_of_it, one, other in zip(whole, first, last, strict=True):
+        assert all_of_it[0].equal(torch.cat([one[0], other[0]]))
+
+
+@LEFT_OUT
+@pytest.mark.filterwarnings("ignore:Item .* can't be read")
+def test_a_fit_lists_what_it_left_out_of_a_stream(tmp_path: Path) -> None:
+    def batches(**options: Any) -> StreamBatches:
+        return StreamBatches(broken(), pixels, 3, 4, buffer_size=30, **options)
+
+    expected, history = trained(batches(on_error="skip"), max_steps=9)
+    assert len(history.unreadable) == 2
+    for record in history.unreadable:
+        assert (record["argument"], record["path"]) == ("dataset", None)
+        assert ROWS[record["index"]][1] == 1
+    with pytest.raises(ValueError, match=r"Item \d+ of the stream can't be read: cannot i"):
+        trained(batches(), max_steps=9)
+    folder: dict[str, Any] = {"checkpoint_dir": tmp_path, "checkpoint_every": 1, "resume": True}
+    with pytest.raises(KeyboardInterrupt):
+        trained(batches(on_error="skip"), [Interrupted(7)], max_steps=9, **folder)
+    weights, resumed = trained(batches(on_error="skip"), [Interrupted(99)], max_steps=9, **folder)
+    assert weights.equal(expected)
+    assert resumed == history
+
+
+def test_skipping_needs_another_image_that_can_be_read() -> None:
+    batches = StreamBatches(broken(99), pixels, 3, 4, buffer_size=30, on_error="skip")
+    with pytest.raises(ValueError, match=r"None of the 4 items of class 1 in a batch can be"):
+        list(batches)
+    with pytest.raises(ValueError, match="'skip' needs `samples_per_class` of at least 2, got 1"):
+        StreamBatches([], pixels, 3, 1, buffer_size=30, on_error="skip")
 
 
 def refused(options: dict[str, Any], loss: Any = None) -> None:

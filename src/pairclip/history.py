@@ -22,9 +22,9 @@ class History:
             `Evaluation.to_dict`.
         skipped_steps: Steps left out because a float16 gradient overflowed.
         stop_reason: Why a callback ended the fit early, or None.
-        unreadable: One record per image that ``LabelledImages(..., on_error="skip")`` left out:
-            the ``argument`` of `Finetuner.fit` that it is of, ``index``, ``path`` (or None) and
-            ``reason``.
+        unreadable: One record per image that ``LabelledImages(..., on_error="skip")`` left out, or
+            `StreamBatches` with it: the ``argument`` of `Finetuner.fit` that it is of, ``index``,
+            ``path`` (or None) and ``reason``.
 
     Example:
         >>> from pairclip import History

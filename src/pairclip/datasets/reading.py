@@ -6,7 +6,7 @@ import io
 import os
 import stat
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 # 120 megapixels take 0.5 GB as RGB; a file of a few kilobytes can claim more.
 _MOST_PIXELS = 120_000_000
@@ -14,10 +14,13 @@ _MOST_PIXELS = 120_000_000
 _MOST_TIMES_LONGER = 256
 
 
-def opened(source: str | os.PathLike[str] | bytes) -> Image.Image:
+def open_image(source: str | os.PathLike[str] | bytes) -> Image.Image:
     """The image in a file, or in what such a file holds; not decoded yet."""
     if isinstance(source, bytes):
-        return Image.open(io.BytesIO(source))
+        try:
+            return Image.open(io.BytesIO(source))
+        except UnidentifiedImageError:  # with an address in memory, so another one each time
+            raise ValueError(f"cannot identify image file in {len(source):,} bytes.") from None
     # Opening a pipe would wait for its writer for ever.
     if not stat.S_ISREG(os.stat(source).st_mode):
         raise ValueError(f"'{os.fspath(source)}' is not a regular file.")

@@ -12,7 +12,7 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 from pairclip.datasets.notices import say_at_once
-from pairclip.datasets.reading import check_size, opened
+from pairclip.datasets.reading import check_size, open_image
 
 # What may be said about an image: a kind, of which a dataset says one, and the words.
 Say = Callable[[str, str], None]
@@ -52,7 +52,7 @@ def as_rgb(
         TypeError: If it is no image.
     """
     if isinstance(image, (str, os.PathLike, bytes)):
-        with opened(image) as picture:
+        with open_image(image) as picture:
             if shorter_side is not None:
                 picture.draft(None, (shorter_side, shorter_side))
             return _as_seen(picture, say, copy=False)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from pairclip._randomness import Stream, random_state_kept, seed_all
+from pairclip.datasets.checking import Problem
 from pairclip.datasets.notices import Notices
 from pairclip.datasets.rgb import as_rgb
 
@@ -56,46 +58,84 @@ class StreamItem(NamedTuple):
         path = self.image["path"]  # perhaps within an archive, or of another machine
         return path if os.path.isfile(path) else self.feature.decode_example(self.image)
 
+    @property
+    def path(self) -> str | None:
+        """Its file, where the stream tells."""
+        path = self.image if self.feature is None or self.image is None else self.image["path"]
+        return str(path) if isinstance(path, (str, os.PathLike)) else None
+
 
 class StreamBatch(NamedTuple):
     """Items that were drawn together."""
 
     place: StreamPlace  # after it
     items: list[StreamItem]
+    share: slice  # those that are decoded; of the others one may take the place of another
+
+
+class Decoded(NamedTuple):
+    """What a batch became."""
+
+    pixel_values: Tensor
+    labels: Tensor
+    place: StreamPlace
+    unreadable: list[Problem]
 
 
 class Decoder(Dataset[Any]):
-    """Pixel values and labels of a batch; what is random follows from the places of its items."""
+    """Pixel values and labels of a batch; what is random follows from the places of its items.
 
-    def __init__(self, preprocess: Callable[[Any], Tensor], seed: int, notices: Notices) -> None:
+    Args:
+        preprocess: Makes pixel values of an image.
+        seed: Decides what that draws.
+        notices: Takes what is remarkable about an image.
+        skips: Whether another image of its class takes the place of one that can't be read.
+    """
+
+    def __init__(
+        self, preprocess: Callable[[Any], Tensor], seed: int, notices: Notices, *, skips: bool
+    ) -> None:
         self.preprocess = preprocess
         self.seed = seed
         self.notices = notices
+        self.skips = skips
 
-    def __getitems__(self, batch: StreamBatch) -> tuple[Tensor, Tensor, StreamPlace]:
+    def __getitems__(self, batch: StreamBatch) -> Decoded:
         """The batch (a `DataLoader` asks for its items at once)."""
         preprocess: Any = self.preprocess
+        items, unreadable = batch.items[batch.share], dict[Problem, None]()
+        images = (self._read(item, batch.items, unreadable) for item in items)
         with random_state_kept():
             if getattr(preprocess, "fixed", False):  # a tower's, which draws nothing at random
-                values = preprocess.batch(self._made(batch, lambda image: image))
+                values = preprocess.batch(images)
             else:
-                values = list(self._made(batch, preprocess, seeded=True))
-        labels = torch.tensor([item.label for item in batch.items], device="cpu")
-        return torch.stack(values), labels, batch.place
+                values = []
+                for item, image in zip(items, images, strict=True):
+                    seed_all(Stream.ITEM, self.seed, batch.place.epoch, item.position)
+                    values.append(preprocess(image))
+        labels = torch.tensor([item.label for item in items], device="cpu")
+        return Decoded(torch.stack(values), labels, batch.place, [*unreadable])
 
-    def _made(
-        self, batch: StreamBatch, make: Callable[[Any], Any], *, seeded: bool = False
-    ) -> Iterator[Any]:
-        """What is made of each image, one by one; an error names the item."""
-        for item in batch.items:
-            if seeded:
-                seed_all(Stream.ITEM, self.seed, batch.place.epoch, item.position)
+    def _read(
+        self, item: StreamItem, batch: list[StreamItem], unreadable: dict[Problem, None]
+    ) -> Image.Image:
+        """The image, or that of the first item of its class that can be read."""
+        others = [other for other in batch if other.label == item.label and other is not item]
+        for each in [item, *(others if self.skips else ())]:
             try:
-                yield make(as_rgb(item.picture(), say=self.notices.say))
+                return as_rgb(each.picture(), say=self.notices.say)
             except Exception as error:
-                raise ValueError(
-                    f"Item {item.position} of the stream can't be read: {error}"
-                ) from error
+                reason = str(error) or type(error).__name__
+                if not self.skips:
+                    raise ValueError(
+                        f"Item {each.position} of the stream can't be read: {reason}"
+                    ) from error
+                unreadable[Problem(each.position, each.path, reason)] = None
+        raise ValueError(
+            f"None of the {len(others) + 1} items of class {item.label} in a batch can be read, "
+            f"first item {next(iter(unreadable)).index} of the stream: "
+            f"{next(iter(unreadable)).reason}"
+        )
 
 
 def as_it_is(batch: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -11,9 +11,11 @@ from torch import Tensor
 
 from pairclip import _checks
 from pairclip._randomness import Stream, drawn_apart
+from pairclip.datasets.checking import Problem
 from pairclip.datasets.loading import HostLoader
 from pairclip.datasets.notices import Notices
 from pairclip.datasets.stream_items import (
+    Decoded,
     Decoder,
     StreamBatch,
     StreamItem,
@@ -21,6 +23,8 @@ from pairclip.datasets.stream_items import (
     as_it_is,
     item_of,
 )
+
+_ALL = slice(None)
 
 
 class StreamBatches:
@@ -50,10 +54,19 @@ class StreamBatches:
         image: Key of the image in items that are dicts, such as "jpg".
         label: Key of the label, such as "cls".
         seed: Decides, with the epoch, what is drawn.
+        on_error: "raise" stops at an image that can't be read. With "skip" another image of its
+            class in the batch takes its place, so that batches stay of P classes times K; with
+            one warning, and listed in `unreadable` and in the `History` of a fit, under several
+            processes each those of its slices.
+
+    Attributes:
+        unreadable: The images that ``on_error="skip"`` left out so far, each once: their
+            positions in the stream, their files, where the stream tells, and the reasons.
 
     Raises:
         ValueError: While iterating: if a full buffer has fewer than P classes of K items, an item
-            has no label, or an image can't be read; it says which item.
+            has no label, or an image can't be read (with "skip", none of its class in the
+            batch); it says which item.
 
     Example:
         >>> import numpy as np
@@ -82,7 +95,9 @@ class StreamBatches:
         image: str = "image",
         label: str = "label",
         seed: int = 0,
+        on_error: Literal["raise", "skip"] = "raise",
     ) -> None:
+        _checks.check_choice("on_error", on_error, ("raise", "skip"))
         _checks.check_positive_int("classes_per_batch", classes_per_batch)
         _checks.check_positive_int("samples_per_class", samples_per_class)
         _checks.check_positive_int("buffer_size", buffer_size)
@@ -90,6 +105,11 @@ class StreamBatches:
             raise ValueError(
                 f"`buffer_size` must be at least the {classes_per_batch * samples_per_class} items "
                 f"of a batch, got {buffer_size}. Many times as many mix classes better."
+            )
+        if on_error == "skip" and samples_per_class == 1:
+            raise ValueError(
+                "`on_error` 'skip' needs `samples_per_class` of at least 2, got 1: another image "
+                "of its class takes the place of one that can't be read."
             )
         self.stream = stream
         self.preprocess = preprocess
@@ -100,8 +120,15 @@ class StreamBatches:
         self.seed = seed
         self._ids = {name: id_ for id_, name in enumerate(class_names or ())}
         self._keys = image, label
+        self._skips = on_error == "skip"
+        self._unreadable: dict[Problem, None] = {}
         self._next = StreamPlace(0, 0, None)
         self._notices = Notices()
+
+    @property
+    def unreadable(self) -> list[Problem]:
+        """The images that ``on_error="skip"`` left out so far."""
+        return list(self._unreadable)
 
     def start_at(self, epoch: int, batch: int = 0) -> None:
         """Go on at a batch of an epoch, both from 0, as if never stopped.
@@ -132,10 +159,12 @@ class StreamBatches:
         epoch, first, _ = self._next
         self._next = StreamPlace(epoch + 1, 0, None)
         drawn = (batch for batch in self._epoch(epoch) if batch.place.batch > first)
-        for pixel_values, labels, _ in self._loader(drawn, num_workers=num_workers):
-            yield pixel_values, labels
+        for batch in self._decoded(drawn, num_workers=num_workers):
+            yield batch.pixel_values, batch.labels
 
-    def run(self, start: StreamPlace, num_batches: int, share: slice, **loading: Any) -> HostLoader:
+    def run(
+        self, start: StreamPlace, num_batches: int, share: slice, **loading: Any
+    ) -> Iterator[Decoded]:
         """A process's slices of so many batches, over epochs, each with the place after it.
 
         Args:
@@ -145,20 +174,30 @@ class StreamBatches:
             loading: Arguments of the `DataLoader`.
 
         Raises:
-            ValueError: If the stream can be read only once and `start` is not its beginning; and
-                while iterating, if it gives other items than before, or an epoch has no batch.
+            ValueError: While iterating: if the stream can be read only once and `start` is not its
+                beginning, it gives other items than before, or an epoch has no batch.
         """
         self._check_can_start(start)
-        return self._loader(self._from(start, num_batches, share), **loading)
+        yield from self._decoded(self._from(start, num_batches, share), **loading)
 
-    def _loader(self, drawn: Iterator[StreamBatch], **loading: Any) -> HostLoader:
-        return HostLoader(
-            Decoder(self.preprocess, self.seed, self._notices),
+    def _decoded(self, drawn: Iterator[StreamBatch], **loading: Any) -> Iterator[Decoded]:
+        loader = HostLoader(
+            Decoder(self.preprocess, self.seed, self._notices, skips=self._skips),
             batch_sampler=drawn,  # type: ignore[arg-type] # which takes any iterable
             collate_fn=as_it_is,
             generator=torch.Generator(),  # else the loader draws from the caller's
             **loading,
         )
+        for batch in loader:
+            for problem in batch.unreadable:
+                self._unreadable[problem] = None
+                self._notices.say(
+                    "unreadable",
+                    f"Item {problem.index} of the stream can't be read ({problem.reason}), so "
+                    "another image of its class takes its place. Others like it are listed in "
+                    "`unreadable` without a warning.",
+                )
+            yield batch
 
     def _check_can_start(self, start: StreamPlace) -> None:
         if isinstance(self.stream, Iterator) and (start.epoch or start.batch):
@@ -171,12 +210,16 @@ class StreamBatches:
         epoch, first, digest = start
         while True:
             given = 0
-            for place, items in self._epoch(epoch):
+            for place, items, _ in self._epoch(epoch):
                 if place.batch == first and place.digest != digest:
                     break
                 given = place.batch
                 if given > first:
-                    yield StreamBatch(place, items[share])
+                    # What this process doesn't decode is of use in place of an image alone.
+                    if self._skips:
+                        yield StreamBatch(place, items, share)
+                    else:
+                        yield StreamBatch(place, items[share], _ALL)
                     num_batches -= 1
                     if not num_batches:
                         return
@@ -214,14 +257,14 @@ class StreamBatches:
                 if batch is not None:
                     count -= len(batch)
                     number += 1
-                    yield StreamBatch(StreamPlace(epoch, number, digest), batch)
+                    yield StreamBatch(StreamPlace(epoch, number, digest), batch, _ALL)
                 else:
                     self._drop_oldest(waiting)
                     count, left_out = count - 1, left_out + 1
         while (batch := self._draw(waiting, draw)) is not None:
             count -= len(batch)
             number += 1
-            yield StreamBatch(StreamPlace(epoch, number, digest), batch)
+            yield StreamBatch(StreamPlace(epoch, number, digest), batch, _ALL)
         if count + left_out:
             self._notices.say(
                 "left out",

@@ -1,7 +1,7 @@
 """Embeddings of images by a tower, divided among processes."""
 
 from pairclip.embedding.embed import Precision, embed, embed_images
-from pairclip.embedding.pixels import Pixels, are_images, opened, pixel_batches
+from pairclip.embedding.pixels import Pixels, are_images, open_images, pixel_batches
 from pairclip.embedding.processes import Together, lost_processes_named
 
 __all__ = [
@@ -12,6 +12,6 @@ __all__ = [
     "embed",
     "embed_images",
     "lost_processes_named",
-    "opened",
+    "open_images",
     "pixel_batches",
 ]

@@ -14,7 +14,7 @@ from torch import Tensor
 from pairclip import _checks
 from pairclip._progress import progress
 from pairclip.datasets import LabelledImages
-from pairclip.embedding.pixels import Pixels, opened, pixel_batches
+from pairclip.embedding.pixels import Pixels, open_images, pixel_batches
 from pairclip.embedding.processes import Together
 from pairclip.towers import VisionTower
 from pairclip.towers.modes import evaluating
@@ -81,7 +81,7 @@ def embed_images(
         raise TypeError(f"`images` must be a dataset or a list of images, got the path {images!r}.")
     return embed(
         tower,
-        opened(images),
+        open_images(images),
         batch_size=batch_size,
         num_workers=num_workers,
         precision=precision,

@@ -60,7 +60,7 @@ def pixel_batches(
     )
 
 
-def opened(images: Any) -> LabelledImages:
+def open_images(images: Any) -> LabelledImages:
     """A dataset, or images alone, whose labels are then 0."""
     if are_images(images):
         images = (images, np.zeros(len(images), np.int64))

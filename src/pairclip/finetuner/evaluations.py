@@ -74,8 +74,8 @@ def _numbers_of(evaluate: Callable[[Any], Any], tower: Any) -> dict[str, float]:
     }
 
 
-def left_out_of(images: Mapping[str, LabelledImages | None]) -> list[dict[str, Any]]:
-    """Records of `History.unreadable`."""
+def left_out_of(images: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Records of `History.unreadable`, from what has an attribute of that name, by argument."""
     return [
         {"argument": name, **vars(problem)}
         for name, data in images.items()

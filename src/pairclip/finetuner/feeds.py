@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor
 
-from pairclip.datasets import LabelledImages, StreamBatches
+from pairclip.datasets import LabelledImages, Problem, StreamBatches
 from pairclip.datasets.stream_items import StreamPlace
 from pairclip.finetuner.agreement import BatchDigests
 from pairclip.finetuner.batches import (
@@ -41,7 +41,10 @@ class DatasetFeed:
         targets: A row for each of them, if the loss was given some.
         sampler: Draws the labelled part of each batch.
         steps_per_epoch: Its batches.
+        unreadable: Images that are left out on the way: none, as all are known at the start.
     """
+
+    unreadable: Sequence[Problem] = ()
 
     def __init__(
         self,
@@ -160,6 +163,7 @@ class StreamFeed:
                 )
         self.sampler = self.items = stream
         self._place = StreamPlace(0, 0, 0)
+        self._unreadable: dict[Problem, None] = {}
 
     def epoch_of(self, step: int) -> int:
         """Which epoch the last batch was drawn in."""
@@ -182,21 +186,30 @@ class StreamFeed:
             )
         share = slice(process * size // processes, (process + 1) * size // processes)
         pinned = accelerator.device.type == "cuda"
-        for pixels, labels, place in self.sampler.run(
+        for pixels, labels, place, unreadable in self.sampler.run(
             self._place, len(steps), share, pin_memory=pinned, **workers
         ):
             self._place = place
+            self._unreadable |= dict.fromkeys(unreadable)
             if digests is not None:
-                digests.add(place)
+                digests.add((place.epoch, place.batch, place.digest or 0))
             yield pixels, labels, None
 
+    @property
+    def unreadable(self) -> list[Problem]:
+        """Images that were left out on the way to the last batch."""
+        return list(self._unreadable)
+
     def state_dict(self) -> dict[str, Any]:
-        """The place in the stream."""
-        return self._place._asdict()
+        """The place in the stream, and what was left out until then."""
+        return {**self._place._asdict(), "unreadable": [vars(each) for each in self._unreadable]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take what `state_dict` gave."""
-        self._place = StreamPlace(**state)
+        place = dict(state)
+        # The first checkpoints of streams had none.
+        self._unreadable = {Problem(**each): None for each in place.pop("unreadable", ())}
+        self._place = StreamPlace(**place)
 
 
 Feed = DatasetFeed | StreamFeed

@@ -316,6 +316,7 @@ class Finetuner:
             with trainer.training(), signals:
                 steps = range(fit.step, num_steps)
                 ended = loop.train(feed.load(steps, accelerator, digests, workers))
+        fit.history.unreadable += left_out_of({"dataset": feed})
         if not ended or signals.caught is not None:
             signals.obey()
         return fit.history

@@ -10,7 +10,7 @@ import torch
 from pairclip import _checks
 from pairclip._randomness import SamplerStream, sampler_generator
 from pairclip.datasets import LabelledImages
-from pairclip.embedding import opened
+from pairclip.embedding import open_images
 from pairclip.samplers.decks import Indices, deal
 
 NO_LABEL = -1
@@ -41,7 +41,7 @@ class FitImages:
         self.in_memory = data.source.in_memory
         if keep is None:
             return
-        self.keep = opened(keep)
+        self.keep = open_images(keep)
         if self.keep.of_features != data.of_features:
             kinds = ["images", "cached features"][:: -1 if data.of_features else 1]
             raise ValueError(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pairclip.datasets import LabelledImages
-from pairclip.embedding import opened
+from pairclip.embedding import open_images
 from pairclip.finetuner import Finetuner
 from pairclip.losses import PreservingLoss
 from pairclip.recipes.recipe import Recipe, default_loss
@@ -80,7 +80,7 @@ def images_to_keep(keep: Any, recipes: Sequence[Recipe]) -> LabelledImages | Non
         return None
     if not takers:
         raise ValueError("`keep` would be ignored: no recipe has a `keep_share`.")
-    return opened(keep)
+    return open_images(keep)
 
 
 def train(
