@@ -2,23 +2,29 @@
 
 import contextlib
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import transformers
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 from torchvision import transforms
 from transformers import (
+    ChineseCLIPConfig,
+    ChineseCLIPModel,
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
     Dinov2Config,
     Dinov2Model,
+    LevitConfig,
+    LevitModel,
     MetaClip2VisionConfig,
     MetaClip2VisionModelWithProjection,
     ViTConfig,
@@ -213,6 +219,108 @@ def test_a_model_of_timm_in_and_out(tmp_path: Path) -> None:
     with torch.no_grad():
         assert_close(again(pixels()), tower(pixels()), rtol=0, atol=1e-6)
     assert load_tower(tmp_path).fingerprint() == tower.fingerprint()
+
+
+def test_a_given_preprocessing_that_a_folder_of_a_library_can_not_hold_is_said(
+    tmp_path: Path,
+) -> None:
+    own = transforms.Compose([transforms.Resize((32, 32)), transforms.ToTensor()])
+    for name, source in (
+        ("timm", timm_vit(num_classes=0)),
+        ("open_clip", open_clip_folder(tmp_path / "model")),
+    ):
+        with pytest.warns(UserWarning, match="not the `image_processor` that this tower") as caught:
+            load_tower(source, image_processor=own).save_pretrained(tmp_path / name)
+        assert [warning.filename for warning in caught] == [__file__]
+        again = load_tower(tmp_path / name, image_processor=own)
+        assert torch.equal(again.preprocess(PHOTO), own(PHOTO))
+
+
+def test_a_model_with_texts_is_saved_without_the_adapters_of_its_tower(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    texts = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    texts |= {"num_attention_heads": 2, "vocab_size": 9, "max_position_embeddings": 8}
+    config = ChineseCLIPConfig(text_config=texts, vision_config=VIT, projection_dim=12)
+    model = shaken(ChineseCLIPModel(config))
+    names = set(model.state_dict())
+    with pytest.warns(UserWarning, match="drift apart"):
+        tower = load_tower(model, image_processor=processor())
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(tower, lora)
+    tower.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() <= names
+    with pytest.warns(UserWarning, match="drift apart"):
+        again = load_tower(tmp_path)
+    assert_close(again(pixels()), tower(pixels()), rtol=0, atol=1e-4)
+
+
+def test_another_image_size_changes_nothing_else_and_nothing_where_it_is_refused() -> None:
+    model = ViTModel(ViTConfig(**VIT))
+    model.embeddings.dropout.p = 0.25  # by hand, not by its configuration
+    load_tower(model, image_processor=processor(), image_size=48)
+    assert model.embeddings.dropout.p == 0.25
+    sizes = {"image_size": 32, "hidden_sizes": [8, 8, 8], "num_attention_heads": [1, 1, 1]}
+    sizes |= {"depths": [1, 1, 1], "key_dim": [4, 4, 4]}
+    model = LevitModel(LevitConfig(**sizes))
+    before = {name: value.shape for name, value in model.state_dict().items()}
+    with pytest.raises(NotImplementedError, match=r"`image_size` .*can't be changed"):
+        load_tower(model, image_processor=processor(), image_size=64)
+    assert {name: value.shape for name, value in model.state_dict().items()} == before
+    assert model.config.image_size == 32
+
+
+ODD = {
+    "config.json": [
+        ((), []),
+        ((), None),
+        (("model_type",), {}),
+        (("vision_config",), 5),
+        (("hidden_size",), "x"),
+        (("num_attention_heads",), 0),
+        (("image_size",), []),
+        (("architecture",), 5),
+        (("model_args",), []),
+        (("pretrained_cfg", "interpolation"), 5),
+        (("pretrained_cfg", "mean"), "x"),
+    ],
+    "preprocessor_config.json": [((), 5), (("image_mean",), "x"), (("rescale_factor",), 0)],
+    "modules.json": [((), {}), ((0, "path"), None), ((1, "type"), 5)],
+    "open_clip_config.json": [
+        ((), []),
+        (("model_cfg",), None),
+        (("model_cfg", "vision_cfg", "layers"), "x"),
+        (("model_cfg", "vision_cfg", "patch_size"), 0),
+        (("preprocess_cfg",), 5),
+        (("preprocess_cfg", "interpolation"), 5),
+    ],
+}
+
+
+def changed(content: Any, place: tuple[object, ...], value: object) -> Any:
+    """JSON with another value at a place that it has."""
+    if place:
+        content[place[0]], value = changed(content[place[0]], place[1:], value), content
+    return value
+
+
+def test_whatever_the_files_of_a_folder_hold_is_an_error_that_names_it(tmp_path: Path) -> None:
+    random_tower().save_pretrained(tmp_path / "transformers")
+    load_tower(timm_vit(num_classes=0)).save_pretrained(tmp_path / "timm")
+    open_clip_folder(tmp_path / "open_clip")
+    for folder in list(tmp_path.iterdir()):
+        (folder / "pairclip_checksums.json").unlink(missing_ok=True)
+        for path in (folder / name for name in ODD if (folder / name).is_file()):
+            written = path.read_text()
+            for place, value in ODD[path.name]:
+                try:
+                    content = changed(json.loads(written), place, value)
+                except KeyError:  # of another library
+                    continue
+                path.write_text(json.dumps(content))
+                with pytest.raises((ValueError, OSError), match=re.escape(str(folder))):
+                    load_tower(folder)
+            path.write_text(written)
+        load_tower(folder)
 
 
 def test_the_logits_of_a_classifier_are_no_embedding() -> None:

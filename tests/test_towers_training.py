@@ -697,6 +697,19 @@ def test_towers_that_cannot_be_blended() -> None:
         interpolate(tower, other, 0.5)
     with pytest.raises(TypeError, match="`tower` must be a VisionTower, got Linear"):
         interpolate(tower, nn.Linear(2, 2), 0.5)
+    for part in tower.split(1):
+        with pytest.raises(ValueError, match="Parts of a split tower can't be blended"):
+            interpolate(part, part, 0.5)
+
+
+def test_a_blend_has_hooks_of_its_own() -> None:
+    base, seen = plain_tower(), []
+    blend = interpolate(base, base, 0.5)
+    blend.register_forward_hook(lambda *_: seen.append("blend"))
+    base(torch.zeros(1, 3, 4, 4))
+    assert seen == []
+    blend(torch.zeros(1, 3, 4, 4))
+    assert seen == ["blend"]
 
 
 def test_counts_are_not_blended() -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pairclip import _checks
 from pairclip.towers import adapters
-from pairclip.towers.vision_tower import VisionTower, tower_of
+from pairclip.towers.vision_tower import Head, Trunk, VisionTower, tower_of
 
 
 def interpolate(base: VisionTower, tuned: VisionTower, alpha: float) -> VisionTower:
@@ -28,8 +28,8 @@ def interpolate(base: VisionTower, tuned: VisionTower, alpha: float) -> VisionTo
         float32 at least. Neither `base` nor `tuned` is changed.
 
     Raises:
-        ValueError: If `alpha` is out of range, or the towers are of different architectures or
-            preprocess images differently.
+        ValueError: If `alpha` is out of range, the towers are of different architectures or
+            preprocess images differently, or one is a part of a split tower.
 
     Example:
         >>> import copy
@@ -48,6 +48,8 @@ def interpolate(base: VisionTower, tuned: VisionTower, alpha: float) -> VisionTo
     """
     _checks.check_in("[0, 1]", "alpha", alpha)
     base, tuned = tower_of(base), tower_of(tuned)
+    if isinstance(base, (Head, Trunk)) or isinstance(tuned, (Head, Trunk)):
+        raise ValueError("Parts of a split tower can't be blended. Blend the towers themselves.")
     own, other = base._merged_weights(), tuned._merged_weights()
     _check_same_architecture(own, other)
     if base.settings() != tuned.settings():
@@ -56,13 +58,12 @@ def interpolate(base: VisionTower, tuned: VisionTower, alpha: float) -> VisionTo
             f"blend fits both: {base.settings()} and {tuned.settings()}."
         )
     blend = copy.copy(base)
-    blend._modules = {"model": copy.deepcopy(adapters.merged(base.model))}
+    blend.__dict__.update(vars(nn.Module()))  # with hooks of its own, too
+    blend.model = copy.deepcopy(adapters.merged(base.model))
     for name, value in zip(own, blend.model.state_dict().values(), strict=True):
         value.copy_(_blended(own[name], other[name], alpha))
-    for parameter in blend.parameters():
-        parameter.grad = None
-        parameter.requires_grad = True
-    return blend.eval()
+    blend.zero_grad()
+    return blend.requires_grad_(True).eval()
 
 
 def _blended(own: Tensor, other: Tensor, alpha: float) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from pairclip import _checks
 from pairclip._files import read_json
 from pairclip.towers import (
     hub,
@@ -102,10 +102,16 @@ def load_tower(
         >>> pixel_values.shape, tower(pixel_values[None]).shape
         (torch.Size([3, 48, 48]), torch.Size([1, 16]))
     """
+    if image_size is not None:
+        _checks.check_positive_int("image_size", image_size)
     processor = getattr(image_processor, "image_processor", image_processor)
     tower: VisionTower
     if isinstance(source, (str, os.PathLike)):
-        check = partial(_check_config, image_size=image_size)
+
+        def check(config: Path) -> tuple[str, ...]:
+            with _files_named(config.parent):
+                return _check_config(config, image_size)
+
         folder = hub.folder_of(source, revision=revision, check=check)
         # What is loaded is the host's, whatever the default device is.
         with torch.device("cpu"):
@@ -197,7 +203,7 @@ def _read(folder: Path, processor: Any) -> tuple[Any, Any, Any]:
         before = _state_of(folder)
         try:
             read = _read_once(folder, processor)
-        except (OSError, ValueError):
+        except Exception:
             if _state_of(folder) == before:
                 raise
         else:

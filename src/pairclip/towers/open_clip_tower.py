@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from pairclip._files import MappedTensors, read_json, write_json, write_tensors
@@ -17,6 +16,7 @@ from pairclip.towers.hub import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, without_wei
 from pairclip.towers.measuring import first_output
 from pairclip.towers.open_clip_config import config_of
 from pairclip.towers.optional import needs
+from pairclip.towers.preprocess import warn_if_other
 from pairclip.towers.resizing import check_image_size, resampled, set_input_size
 from pairclip.towers.vision_tower import VisionTower
 
@@ -61,6 +61,8 @@ class OpenClipTower(VisionTower):
             if path.is_file() and path.suffix in (".json", ".txt", ".model", ".gz"):
                 shutil.copy2(path, folder)
         write_json(folder / OPEN_CLIP_CONFIG, config, indent=2)
+        size = (self.image_size, self.image_size)
+        warn_if_other(self.preprocess, _transform_of(_preprocess_cfg(config, size)))
         images = {_IMAGE + name: value for name, value in self._merged_weights().items()}
         with (folder / OPEN_CLIP_WEIGHTS).open("wb") as file:
             write_tensors(file, {**texts, **images}, {"format": "pt"})
@@ -93,7 +95,6 @@ def read(folder: Path) -> Any:
     """Load the image tower alone from a folder: no text tower is built."""
     needs("open_clip", "open-clip")
     from open_clip.model import _build_vision_tower
-    from open_clip.transform import merge_preprocess_dict
 
     config = read_json(folder / OPEN_CLIP_CONFIG)
     model_cfg = config["model_cfg"]
@@ -104,15 +105,13 @@ def read(folder: Path) -> Any:
     if hasattr(visual, "set_input_size"):  # that of timm is made at its default size
         visual.set_input_size(vision["image_size"])
     weights = weights_file(folder)
-    with safe_open(weights, "pt") as file:
-        names = [name for name in file.keys() if name.startswith(_IMAGE)]  # noqa: SIM118
-        found = {name[len(_IMAGE) :]: file.get_tensor(name).float() for name in names}
-    try:
-        visual.load_state_dict(found)
-    except RuntimeError as error:
-        raise ValueError(f"'{weights}' does not fit its {OPEN_CLIP_CONFIG}: {error}") from error
-    own = merge_preprocess_dict(_default_preprocess(), config.get("preprocess_cfg", {}))
-    visual.preprocess_cfg = {**own, "size": visual.image_size}
+    tensors = {
+        name.removeprefix(_IMAGE): value.float()
+        for name, value in MappedTensors(weights).items()
+        if name.startswith(_IMAGE)
+    }
+    visual.load_state_dict(tensors)
+    visual.preprocess_cfg = _preprocess_cfg(config, visual.image_size)
     return visual.eval()
 
 
@@ -132,18 +131,16 @@ def _visual(source: Any) -> Any:
     return getattr(source, "visual", source)
 
 
-def _default_preprocess() -> dict[str, Any]:
-    from dataclasses import asdict
+def _preprocess_cfg(config: dict[str, Any], size: Any) -> dict[str, Any]:
+    """How a configuration says that images are preprocessed, with the library's defaults."""
+    from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
-    from open_clip.transform import PreprocessCfg
-
-    return asdict(PreprocessCfg())
+    own: Any = merge_preprocess_dict(PreprocessCfg(), config.get("preprocess_cfg", {}))
+    return {**own, "size": size}
 
 
 def _transform(visual: Any) -> Any:
     """What the library does to an image, as the model's own settings say."""
-    from open_clip.transform import PreprocessCfg, image_transform_v2
-
     own = getattr(visual, "preprocess_cfg", None)
     if own is None:
         raise ValueError(
@@ -151,7 +148,13 @@ def _transform(visual: Any) -> Any:
             "`image_processor`, such as the last of what `open_clip.create_model_and_transforms` "
             "gives."
         )
-    return image_transform_v2(PreprocessCfg(**own), is_train=False)
+    return _transform_of(own)
+
+
+def _transform_of(preprocess_cfg: dict[str, Any]) -> Any:
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    return image_transform_v2(PreprocessCfg(**preprocess_cfg), is_train=False)
 
 
 def _resize(visual: Any, size: int) -> None:

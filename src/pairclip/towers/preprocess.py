@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -191,3 +192,13 @@ def described(transform: Any) -> str:
         own = {name: settings[name] for name in settings if "processor_class" not in name}
         return json.dumps(own, sort_keys=True, default=str)
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(transform))
+
+
+def warn_if_other(preprocess: Any, saved: Any) -> None:
+    """Warn, when a tower is saved, if its library will preprocess images otherwise than it does."""
+    if described(preprocess) != described(saved):
+        warnings.warn(
+            "The saved folder has the preprocessing of the model's library, not the "
+            "`image_processor` that this tower was loaded with: give it to `load_tower` again.",
+            stacklevel=5,
+        )

@@ -82,13 +82,14 @@ def resampled(table: Tensor, shape: torch.Size) -> Tensor:
     """A table of positions ``[..., D]``, of a square grid after some others, for another grid."""
     rows = table.reshape(-1, table.shape[-1]).float()
     count = math.prod(shape[:-1])
-    for extra in range(min(len(rows), count)):  # a class token, registers
+    extras = range(min(len(rows), count)) if table.shape[-1] == shape[-1] else ()
+    for extra in extras:  # a class token, registers
         sides = [math.isqrt(number - extra) for number in (len(rows), count)]
         if [side**2 + extra for side in sides] == [len(rows), count]:
             break
     else:
         raise NotImplementedError(
-            f"`image_size` can't be changed: a table of {len(rows)} positions is no square grid."
+            f"`image_size` can't be changed: a table {list(table.shape)} is no square grid."
         )
     old, new = sides
     grid = rows[extra:].T.reshape(1, -1, old, old)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import nn
 
 from pairclip._files import write_tensors
@@ -13,6 +12,7 @@ from pairclip.towers import adapters
 from pairclip.towers.hub import CONFIG, without_weights
 from pairclip.towers.measuring import first_output
 from pairclip.towers.optional import needs
+from pairclip.towers.preprocess import warn_if_other
 from pairclip.towers.ranges import WHOLE
 from pairclip.towers.resizing import set_input_size
 from pairclip.towers.vision_tower import VisionTower
@@ -56,8 +56,11 @@ class TimmTower(VisionTower):
         return tower
 
     def _write(self, folder: Path) -> None:
+        from timm.data.transforms_factory import create_transform
         from timm.models._hub import save_config_for_hf
 
+        saved = create_transform(**self.data_config, is_training=False)
+        warn_if_other(self.preprocess, saved)
         model: Any = adapters.merged(self.model)
         sizes = {"img_size": self.image_size} if hasattr(model, "set_input_size") else {}
         described = {"pretrained_cfg": self.data_config}
@@ -73,12 +76,7 @@ def read(folder: Path) -> Any:
 
     if not (folder / WHOLE).is_file():
         raise without_weights(folder)
-    try:
-        model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    except (RuntimeError, ValueError, TypeError, SafetensorError) as error:
-        raise ValueError(
-            f"The weights of '{folder}' are damaged or do not fit its {CONFIG}: {error}"
-        ) from error
+    model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
     if model.num_classes:
         model.reset_classifier(0)
     return model.float().eval()

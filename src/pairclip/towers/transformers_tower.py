@@ -160,7 +160,9 @@ class TransformersTower(VisionTower):
     def _write(self, folder: Path) -> None:
         whole, weights = (*self.whole, self._bare())[0], self._merged_weights()
         if self.whole:
-            weights = {**whole.state_dict(), **weights}
+            own = self._bare().state_dict()
+            texts = {name: value for name, value in whole.state_dict().items() if name not in own}
+            weights |= texts
         with quiet():
             # One file, since an old `model.safetensors` is preferred to new shards beside it.
             whole.save_pretrained(folder, state_dict=weights, max_shard_size="1000GB")
