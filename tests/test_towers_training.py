@@ -382,6 +382,17 @@ def test_what_is_compiled_runs_as_it_is(compiled: str) -> None:
     assert len(graphs) == compiled_once
 
 
+def test_splitting_leaves_each_module_in_its_mode() -> None:
+    tower = new_tower("clip").train()
+    tower.blocks[1].eval()
+    modes = [part.training for part in tower.modules()]
+    trunk, head = tower.split(2)
+    assert [part.training for part in tower.modules()] == modes
+    trunk(pixels())
+    head.split(1)
+    assert [part.training for part in tower.modules()] == modes
+
+
 @pytest.mark.parametrize("kind", ["clip", "bare clip"])
 @pytest.mark.parametrize("part", ["model", "encoder"])
 def test_a_model_with_another_forward_is_not_split(kind: str, part: str) -> None:

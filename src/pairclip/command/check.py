@@ -88,6 +88,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print(f"\nTo look at: {page}")
     if clean is not None:
         clean.parent.mkdir(parents=True, exist_ok=True)
-        left = check.write_clean(clean)
-        print(f"\n{left:,} of {len(check.items):,} images are in {clean}.")
+        count = check.write_clean(clean)
+        print(f"\n{count:,} of {len(check.items):,} images are in {clean}.")
     return check.to_dict()

@@ -117,19 +117,19 @@ def open_parts(
 
 def divide(train: Any, test: Any, said: str, args: argparse.Namespace) -> Split:
     """Take out the held-out classes, and as many images of each class as were asked for."""
-    wanted = [name for name in (args.hold_out_classes or "").split(",") if name]
+    classes = [name for name in (args.hold_out_classes or "").split(",") if name]
     train, test = pairclip.LabelledImages(train), pairclip.LabelledImages(test)
-    if unknown := sorted(set(wanted) - {*(train.class_names or []), *(test.class_names or [])}):
+    if unknown := sorted(set(classes) - {*(train.class_names or []), *(test.class_names or [])}):
         raise ValueError(
             f"--hold-out-classes has {unknown}; the classes are {_some(train.class_names or [])}."
         )
-    trained = [name for name in train.class_names or [] if name not in wanted]
+    trained = [name for name in train.class_names or [] if name not in classes]
     if train.class_names and not trained:
         raise ValueError("--hold-out-classes leaves no class to train on.")
     return Split(
-        train=_some_of(train, wanted, False, args.train_per_class, args.seed),
-        test=_some_of(test, wanted, False, args.test_per_class, args.seed),
-        held_out=_some_of(test, wanted, True, args.test_per_class, args.seed) if wanted else None,
+        train=_some_of(train, classes, False, args.train_per_class, args.seed),
+        test=_some_of(test, classes, False, args.test_per_class, args.seed),
+        held_out=_some_of(test, classes, True, args.test_per_class, args.seed) if classes else None,
         said=said,
     )
 

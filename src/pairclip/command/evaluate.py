@@ -82,10 +82,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         outputs.open_run(args.output, args, RESULTS, **facts)
     outputs.warn_if_tuned_on(args.model, args.data, args.split)
     loading = {"num_workers": args.num_workers, "batch_size": args.embed_batch_size}
-    chosen = None
+    choice = None
     if args.false_match_rate is not None:
         embeddings = pairclip.embed_images(tower, images, **loading)
-        chosen = pairclip.choose_threshold(
+        choice = pairclip.choose_threshold(
             embeddings, images.labels, false_match_rate=args.false_match_rate
         )
     options = {"gallery": gallery, "exclude": args.exclude, **loading}
@@ -97,13 +97,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if before is not None:
         metrics = {"before": before.to_dict(), "after": metrics}
     print(after.to_markdown(before))
-    if chosen is not None:
-        metrics["threshold"] = plain(chosen)
-        low, high = chosen.false_match_interval
+    if choice is not None:
+        metrics["threshold"] = plain(choice)
+        low, high = choice.false_match_interval
         print(
-            f"\nFrom a cosine of {chosen.threshold:.3f} on, {chosen.false_match_rate:.2%} of the "
+            f"\nFrom a cosine of {choice.threshold:.3f} on, {choice.false_match_rate:.2%} of the "
             f"pairs of different classes match ({low:.2%} to {high:.2%} on other classes like "
-            f"these), and {chosen.match_rate:.1%} of those of one class."
+            f"these), and {choice.match_rate:.1%} of those of one class."
         )
     if args.output is not None:
         note = f"The images of {args.data}"

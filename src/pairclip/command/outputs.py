@@ -38,16 +38,16 @@ def open_run(
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output '{folder}' is a file. Give a folder for the results.")
     # run.json alone is of a run that failed before it wrote anything.
-    there = [name for name in results if (folder / name).exists()]
+    existing = [name for name in results if (folder / name).exists()]
     resume = getattr(args, "resume", False)
-    if there and not (args.overwrite or resume):
+    if existing and not (args.overwrite or resume):
         more = "" if not hasattr(args, "resume") else ", or --resume to continue that run"
         raise ValueError(
             f"--output '{folder}' holds another run{_made_when(folder / RUN)} "
-            f"({', '.join(there[:4])}). Give another folder, or --overwrite{more}."
+            f"({', '.join(existing[:4])}). Give another folder, or --overwrite{more}."
         )
     if args.overwrite and not resume:
-        for name in there:
+        for name in existing:
             _remove(folder / name)
     folder.mkdir(parents=True, exist_ok=True)
     run = {

@@ -206,8 +206,8 @@ def _pictures_to_show(dataset: Any, count: int = 8) -> list[Any]:
     """The first images of the first classes, two of each."""
     images = pairclip.LabelledImages(dataset)
     labels = images.labels
-    chosen = [i for label in labels.unique() for i in (labels == label).nonzero()[:2, 0].tolist()]
-    return [images[i][0] for i in chosen[:count]]
+    places = [i for label in labels.unique() for i in (labels == label).nonzero()[:2, 0].tolist()]
+    return [images[i][0] for i in places[:count]]
 
 
 def _draw(

@@ -65,9 +65,9 @@ def plot_retrieval(
         ['1', '✓ 1  1.00', '✗ 0  0.00']
     """
     k = _checks.check_positive_int("k", k)
-    kept = evaluation.neighbors.shape[1]
-    if k > kept:
-        raise ValueError(f"`k` must be at most the {kept} neighbours of the evaluation, got {k}.")
+    most = evaluation.neighbors.shape[1]
+    if k > most:
+        raise ValueError(f"`k` must be at most the {most} neighbours of the evaluation, got {k}.")
     images = images_of(evaluation, dataset, gallery)
     rows = _rows(evaluation, queries)
     cell, head = 1.15, 0.45 if title else 0.05

@@ -73,7 +73,7 @@ def plot_similarity_matrix(
     figure = new_figure(left + size + right, top + size + bottom)
     width, height = figure.get_size_inches()
     axes = figure.add_axes((left / width, bottom / height, size / width, size / height))
-    drawn = _draw_cells(axes, values, written=True)
+    cells = _draw_cells(axes, values, written=True)
     axes.set_xticks([])
     axes.set_yticks([])
     for number, image in enumerate(images):
@@ -98,7 +98,7 @@ def plot_similarity_matrix(
     bar = figure.add_axes(
         ((left + size + 0.2) / width, bottom / height, 0.16 / width, size / height)
     )
-    _color_bar(figure, drawn, cax=bar)
+    _color_bar(figure, cells, cax=bar)
     if title:
         figure.text(0.5, 1 - 0.1 / height, title, ha="center", va="top", size=11, parse_math=False)
     return saved(figure, path)
@@ -151,7 +151,7 @@ def plot_class_similarity(
     size = max(2.5, cell * count)
     figure = new_figure(size + 2.6, size + 1.9, layout="compressed")
     axes = figure.add_subplot()
-    drawn = _draw_cells(axes, values, written=count <= _MOST_VALUES)
+    cells = _draw_cells(axes, values, written=count <= _MOST_VALUES)
     if cell >= 0.12:
         names = [shortened(evaluation.class_names[place], 18) for place in places]
         text_size = min(_TEXT_SIZE, 60 * cell)
@@ -159,7 +159,7 @@ def plot_class_similarity(
         axes.set_yticks(range(count), names, size=text_size, parse_math=False)
     if title:
         axes.set_title(title, size=11, parse_math=False)
-    _color_bar(figure, drawn, fraction=0.046, pad=0.03)
+    _color_bar(figure, cells, fraction=0.046, pad=0.03)
     return saved(figure, path)
 
 
@@ -181,12 +181,12 @@ def _order(
 
 
 def _draw_cells(axes: Axes, values: npt.NDArray[Any], *, written: bool) -> Any:
-    drawn = axes.imshow(values, cmap=_COLORS, vmin=_LIMITS[0], vmax=_LIMITS[1])
+    cells = axes.imshow(values, cmap=_COLORS, vmin=_LIMITS[0], vmax=_LIMITS[1])
     if not written:
-        return drawn
+        return cells
     for row, column in np.ndindex(*values.shape):
         value = values[row, column]
-        red, green, blue, _ = drawn.cmap(drawn.norm(value))
+        red, green, blue, _ = cells.cmap(cells.norm(value))
         # Relative luminance: white values on dark cells, black on light ones.
         dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.45
         axes.text(
@@ -198,11 +198,11 @@ def _draw_cells(axes: Axes, values: npt.NDArray[Any], *, written: bool) -> Any:
             size=_TEXT_SIZE,
             color="white" if dark and not np.isnan(value) else "black",
         )
-    return drawn
+    return cells
 
 
-def _color_bar(figure: Figure, drawn: Any, **place: Any) -> None:
-    bar = figure.colorbar(drawn, **place)
+def _color_bar(figure: Figure, cells: Any, **place: Any) -> None:
+    bar = figure.colorbar(cells, **place)
     bar.set_label("cosine similarity")
     bar.outline.set_visible(False)
 

@@ -47,14 +47,14 @@ def plot_pair_histogram(
         >>> len(plot_pair_histogram(before, before).axes)
         2
     """
-    shown = {"before": before} if after is None else {"before": before, "after": after}
-    figure = new_figure(7.5, 2.2 + 2.3 * len(shown), layout="constrained")
-    panels = figure.subplots(len(shown), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-    for axes, (when, evaluation) in zip(panels, shown.items(), strict=True):
+    evaluations = {"before": before} if after is None else {"before": before, "after": after}
+    figure = new_figure(7.5, 2.2 + 2.3 * len(evaluations), layout="constrained")
+    panels = figure.subplots(len(evaluations), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    for axes, (when, evaluation) in zip(panels, evaluations.items(), strict=True):
         _draw(axes, evaluation)
         if after is not None:
             axes.set_title(when, loc="left", size=10)
-    low, high = pair_range(*shown.values())
+    low, high = pair_range(*evaluations.values())
     panels[0].set_xlim(low, high)
     panels[0].set_ylim(bottom=0)
     panels[0].legend(frameon=False)

@@ -35,15 +35,15 @@ def alike_images(evaluation: Evaluation, images: Shown, tower: VisionTower) -> H
 
 
 def _pair(pair: Alike, images: Shown, tower: VisionTower) -> Html:
-    query, found = images.queries[pair.query][0], images.searched[pair.found][0]
-    of_query = occlusion_saliency(tower, query, found)
-    of_found = occlusion_saliency(tower, found, query)
+    query, neighbor = images.queries[pair.query][0], images.searched[pair.found][0]
+    of_query = occlusion_saliency(tower, query, neighbor)
+    of_neighbor = occlusion_saliency(tower, neighbor, query)
     one, other = pair.classes
     return element(
         "li",
         element("p", f"{one} and {other}: similarity {of_query.similarity:.2f}", class_="when"),
         _image(query, f"{one}, image {pair.query}", of_query),
-        _image(found, f"{other}, image {pair.found}", of_found),
+        _image(neighbor, f"{other}, image {pair.found}", of_neighbor),
     )
 
 

@@ -98,7 +98,7 @@ def _histogram(
 ) -> Html:
     edges = evaluation.histogram.edges
     inside = (edges[1:] > frame.x[0]) & (edges[:-1] < frame.x[1])
-    drawn = []
+    shapes = []
     for kind, density in densities.items():
         if not density.any():
             continue
@@ -106,14 +106,14 @@ def _histogram(
         xs = np.stack([edges[:-1][inside], edges[1:][inside]], axis=1).ravel().clip(*frame.x)
         ys = np.repeat(density[inside], 2)
         path = frame.line(np.pad(xs, 1, mode="edge"), np.pad(ys, 1))
-        drawn += [
+        shapes += [
             element("path", d=path, class_=f"area {kind}"),
             element("path", d=path, class_=f"line {kind}"),
         ]
     threshold = evaluation.best_threshold
     if frame.x[0] <= threshold <= frame.x[1]:
         x = f"{frame.across(threshold):.1f}"
-        drawn.append(
+        shapes.append(
             element("line", x1=x, x2=x, y1=_TOP, y2=_HEIGHT - _BOTTOM, class_="line threshold")
         )
     label = (
@@ -122,14 +122,14 @@ def _histogram(
         f"{as_text(evaluation.different_mean)} ({as_text(evaluation.different_std)}); "
         f"best threshold {as_text(threshold)}."
     )
-    chart = _chart(label, *drawn, *_axes(frame, "cosine similarity of two images"))
+    chart = _chart(label, *shapes, *_axes(frame, "cosine similarity of two images"))
     return element("figure", element("figcaption", when), chart)
 
 
-def _chart(label: str, *drawn: Html) -> Html:
+def _chart(label: str, *shapes: Html) -> Html:
     return element(
         "svg",
-        *drawn,
+        *shapes,
         viewBox=f"0 0 {_WIDTH} {_HEIGHT}",
         role="img",
         aria_label=label,

@@ -66,10 +66,10 @@ def write_check_report(
 def _counts(check: Check) -> Html:
     classes = check.counts()
     names = sorted({name for counts in classes.values() for name in counts})
-    shown = names[:_MOST_CLASSES]
+    first = names[:_MOST_CLASSES]
     title = "Images of each class"
-    if len(names) > len(shown):
-        title += f", the first {len(shown)} of {len(names):,}"
+    if len(names) > len(first):
+        title += f", the first {len(first)} of {len(names):,}"
     kinds = [[kind, f"{len(findings):,}"] for kind, findings in check.findings.items()]
     return element(
         "div",
@@ -81,7 +81,7 @@ def _counts(check: Check) -> Html:
         table(
             title,
             ["class", *classes],
-            [[name, *(f"{of.get(name, 0):,}" for of in classes.values())] for name in shown],
+            [[name, *(f"{of.get(name, 0):,}" for of in classes.values())] for name in first],
         ),
         class_="beside",
     )

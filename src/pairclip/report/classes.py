@@ -9,7 +9,7 @@ from pairclip.evaluation import Evaluation
 from pairclip.evaluation.showing import similarity_order, with_clearest_classes
 from pairclip.evaluation.wording import as_text, signed
 from pairclip.report.colors import heat_class
-from pairclip.report.html import Html, element, scrolling, table
+from pairclip.report.html import Html, element, header, row, scrolling, table
 from pairclip.retrieval import METRICS
 
 _MOST_CLASSES = 40
@@ -72,27 +72,13 @@ def class_table(before: Evaluation | None, after: Evaluation) -> Html:
                 for key in _PER_CLASS
             ),
         ),
-        element(
-            "tr",
-            element("th", "class", scope="col"),
-            element("th", "images", scope="col", class_="number"),
-            *(
-                element("th", part, scope="col", class_="number")
-                for _ in _PER_CLASS
-                for part in parts
-            ),
-        ),
+        header("class", "images", *(part for _ in _PER_CLASS for part in parts)),
     )
     rows = [
-        element(
-            "tr",
-            element("th", name, scope="row"),
-            element("td", f"{images[place]}", class_="number"),
-            *(
-                element("td", text, class_="number")
-                for key in _PER_CLASS
-                for text in _class_metrics(before, after, key, place)
-            ),
+        row(
+            name,
+            f"{images[place]}",
+            *(text for key in _PER_CLASS for text in _class_metrics(before, after, key, place)),
         )
         for place, name in enumerate(after.class_names)
     ]
@@ -143,10 +129,10 @@ def _heatmap(when: str, evaluation: Evaluation, order: npt.NDArray[np.int64]) ->
                     class_=heat_class(value),
                     title=f"{name}, {other}: {as_text(value, 2)}",
                 )
-                for other, value in zip(names, row, strict=True)
+                for other, value in zip(names, similarities, strict=True)
             ),
         )
-        for name, row in zip(names, values.tolist(), strict=True)
+        for name, similarities in zip(names, values.tolist(), strict=True)
     ]
     dense = " dense" if len(names) > _MOST_VALUES else ""
     return scrolling(

@@ -40,8 +40,8 @@ def query_gallery(evaluations: dict[str, Evaluation], images: Shown) -> Html:
     parts = []
     numbers = _shared_out([len(kind.rows) for kind in kinds], _MOST_QUERIES)
     for kind, number in zip(kinds, numbers, strict=True):
-        chosen = classes_in_turn(after.labels[after.queries], kind.rows.tolist())[:number]
-        cases = [_case(kind, row, evaluations, images, thumbnails) for row in chosen]
+        queries = classes_in_turn(after.labels[after.queries], kind.rows.tolist())[:number]
+        cases = [_case(kind, row, evaluations, images, thumbnails) for row in queries]
         which = f", {kind.order}, the classes in turn" if number < len(kind.rows) else ""
         parts.append(
             element(
@@ -103,10 +103,10 @@ def _sorted(
 
 def _shared_out(wanted: list[int], total: int) -> list[int]:
     """Up to `total` places shared out evenly; what one doesn't want goes to the others."""
-    given = [0] * len(wanted)
+    places = [0] * len(wanted)
     for left, i in enumerate(np.argsort(wanted, kind="stable")):
-        given[i] = min(wanted[i], (total - sum(given)) // (len(wanted) - left))
-    return given
+        places[i] = min(wanted[i], (total - sum(places)) // (len(wanted) - left))
+    return places
 
 
 def _case(
@@ -119,7 +119,7 @@ def _case(
     some = next(iter(evaluations.values()))
     query = int(some.queries[row])
     name = class_name(some, query)
-    found = [
+    rows = [
         element(
             "div",
             element("p", when, class_="when"),
@@ -133,7 +133,7 @@ def _case(
     return element(
         "li",
         element("figure", picture, caption, class_="query"),
-        element("div", *found, class_="found"),
+        element("div", *rows, class_="found"),
         data_kind=kind.name,
         data_class=int(some.labels[query]),
     )

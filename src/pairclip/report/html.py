@@ -60,25 +60,33 @@ def scrolling(label: str, *children: str | None) -> Html:
 
 def table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Html:
     """A table of names in its first column, and numbers."""
-    head = element("tr", *_cells("th", columns, "col"))
-    body = [element("tr", *_cells("td", row, "row")) for row in rows]
     return scrolling(
         caption,
         element(
             "table",
             element("caption", caption),
-            element("thead", head),
-            element("tbody", *body),
+            element("thead", header(*columns)),
+            element("tbody", *(row(*texts) for texts in rows)),
         ),
     )
 
 
-def _cells(tag: str, texts: Sequence[str], scope: str) -> list[Html]:
-    numbers = {"class_": "number"} | ({"scope": scope} if tag == "th" else {})
-    return [
-        element("th", texts[0], scope=scope),
-        *(element(tag, text, **numbers) for text in texts[1:]),
-    ]
+def header(name: str, *columns: str) -> Html:
+    """The row of a table's head: over names, and over each column of numbers."""
+    numbers = (element("th", text, scope="col", class_="number") for text in columns)
+    return element("tr", element("th", name, scope="col"), *numbers)
+
+
+def row(name: str, *cells: str) -> Html:
+    """A row of a table: its name, and numbers, or cells that are elements already."""
+    return element(
+        "tr",
+        element("th", name, scope="row"),
+        *(
+            cell if isinstance(cell, Html) else element("td", cell, class_="number")
+            for cell in cells
+        ),
+    )
 
 
 def page(title: str, *content: str | None, note: str | None = None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pairclip.evaluation import Change, Evaluation, wording
 from pairclip.evaluation.showing import neighbor_is_right
 from pairclip.evaluation.wording import as_text, signed
-from pairclip.report.html import Html, element, joined, scrolling
+from pairclip.report.html import Html, element, header, joined, row, scrolling
 from pairclip.retrieval import METRICS, PAIR_METRICS, QUERY_METRICS
 
 _INTERVAL = (
@@ -57,14 +57,7 @@ def metrics_table(before: Evaluation | None, after: Evaluation, label: str = "Me
         else after.changes(before)
     )
     columns = ["value"] if before is None else ["before", "after", "change", "95 % interval"]
-    head = element(
-        "thead",
-        element(
-            "tr",
-            element("th", "Metric", scope="col"),
-            *(element("th", column, scope="col", class_="number") for column in columns),
-        ),
-    )
+    head = element("thead", header("Metric", *columns))
     groups = [
         element(
             "tbody",
@@ -96,18 +89,10 @@ def meanings() -> Html:
 
 
 def _row(title: str, change: Change, compared: bool) -> Html:
-    head = element("th", title, scope="row")
-    after = element("td", as_text(change.after), class_="number")
+    before, after = as_text(change.before), as_text(change.after)
     if not compared:
-        return element("tr", head, after)
-    return element(
-        "tr",
-        head,
-        element("td", as_text(change.before), class_="number"),
-        after,
-        change_cell(change),
-        element("td", _interval(change), class_="number"),
-    )
+        return row(title, after)
+    return row(title, before, after, change_cell(change), _interval(change))
 
 
 def change_cell(change: Change) -> Html:
@@ -125,13 +110,13 @@ def _interval(change: Change) -> str:
 
 
 def _in_words(change: Change) -> str:
-    found = f"from {as_text(change.before)} to {as_text(change.after)}"
+    span = f"from {as_text(change.before)} to {as_text(change.after)}"
     if change.interval is None:
-        return f"{found} ({signed(change.difference)})"
+        return f"{span} ({signed(change.difference)})"
     verdict = "no clear change"
     if change.is_clear:
         verdict = "a clear gain" if change.difference > 0 else "a clear loss"
-    return f"{found} ({signed(change.difference)}, 95 % interval {_interval(change)}: {verdict})"
+    return f"{span} ({signed(change.difference)}, 95 % interval {_interval(change)}: {verdict})"
 
 
 def _similarities(evaluation: Evaluation) -> str:

@@ -75,8 +75,9 @@ def write_search_report(
             f"`paths` must have one path per result, got {len(paths)} for {len(results)}."
         )
     files = [None] * len(results) if paths is None else list(map(_text, paths))
-    found = [Result(*result, path) for result, path in zip(results, files, strict=True)]
-    return write_searches(folder, [Search(query, found, _text(query_path))], title=title, note=note)
+    entries = [Result(*result, path) for result, path in zip(results, files, strict=True)]
+    search = Search(query, entries, _text(query_path))
+    return write_searches(folder, [search], title=title, note=note)
 
 
 def write_searches(
@@ -98,7 +99,7 @@ def _text(path: str | os.PathLike[str] | None) -> str | None:
 def _parts(search: Search, folder: Path) -> tuple[Html, Html]:
     count = len(search.results)
     intro = f"{count:,} images, most similar first, with their cosine." if count else "Nothing."
-    found = [
+    items = [
         element(
             "li",
             element(
@@ -117,7 +118,7 @@ def _parts(search: Search, folder: Path) -> tuple[Html, Html]:
     where = None if search.path is None else element("p", search.path, class_="intro")
     return (
         section("Searched for", element("figure", query, class_="searched"), where),
-        section("Found", element("ol", *found, class_="results"), intro=intro),
+        section("Found", element("ol", *items, class_="results"), intro=intro),
     )
 
 

@@ -148,13 +148,13 @@ def _traceable() -> Iterator[None]:
 
 def check_opens(content: bytes, model: str) -> None:
     """Raise if onnxruntime crashes, as its optimizer does with some models in half precision."""
-    done = subprocess.run([sys.executable, "-c", _OPEN], input=content, capture_output=True)
-    if done.returncode:
+    process = subprocess.run([sys.executable, "-c", _OPEN], input=content, capture_output=True)
+    if process.returncode:
         import onnxruntime
 
         raise NotImplementedError(
             f"onnxruntime {onnxruntime.__version__} can't open a {model} in float16 (exit status "
-            f"{done.returncode}), so no file was written. Export in torch.float32."
+            f"{process.returncode}), so no file was written. Export in torch.float32."
         )
 
 

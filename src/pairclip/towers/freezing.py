@@ -24,8 +24,8 @@ def freeze(
     all_but: str | Sequence[str] | None,
 ) -> None:
     """Set `requires_grad` as `VisionTower.freeze` says."""
-    given = {"names": names, "all_but_last": all_but_last, "all_but": all_but}
-    got = [f"`{name}`" for name, value in given.items() if value is not None]
+    arguments = {"names": names, "all_but_last": all_but_last, "all_but": all_but}
+    got = [f"`{name}`" for name, value in arguments.items() if value is not None]
     if len(got) != 1:
         raise ValueError(
             f"Give one of `names`, `all_but_last` and `all_but`, got {' and '.join(got) or 'none'}."
@@ -35,13 +35,13 @@ def freeze(
             parameter.requires_grad = False
         return
     if all_but is not None:
-        chosen = _named(tower, "all_but", all_but)
+        trainable = _named(tower, "all_but", all_but)
     else:
-        chosen = _last(tower, all_but_last)
+        trainable = _last(tower, all_but_last)
     frozen_by_peft = adapters.has_adapters(tower)
     for parameter in tower.parameters():
         may_train = parameter.requires_grad or not frozen_by_peft
-        parameter.requires_grad = may_train and parameter in chosen
+        parameter.requires_grad = may_train and parameter in trainable
 
 
 def say_what_trains(tower: VisionTower) -> tuple[int, int]:
@@ -71,20 +71,20 @@ def _last(tower: VisionTower, count: int | None) -> set[nn.Parameter]:
 
 
 def _named(tower: VisionTower, argument: str, names: str | Sequence[str]) -> set[nn.Parameter]:
-    wanted = [names] if isinstance(names, str) else list(names)
-    if not wanted or not all(isinstance(name, str) for name in wanted):
+    patterns = [names] if isinstance(names, str) else list(names)
+    if not patterns or not all(isinstance(name, str) for name in patterns):
         raise TypeError(f"`{argument}` must be a name or a list of names, got {names!r}.")
     parameters = dict(tower.named_parameters())
-    found: set[nn.Parameter] = set()
-    for name in wanted:
+    matches: set[nn.Parameter] = set()
+    for name in patterns:
         if name == "projection":
-            matching = set(tower._projection())
+            more = set(tower._projection())
         else:
-            matching = {p for path, p in parameters.items() if _matches(path, name)}
-        if not matching:
+            more = {p for path, p in parameters.items() if _matches(path, name)}
+        if not more:
             raise ValueError(f"`{argument}` {name!r} matches no parameter. {_near(tower, name)}")
-        found |= matching
-    return found
+        matches |= more
+    return matches
 
 
 def _matches(path: str, name: str) -> bool:

@@ -27,8 +27,8 @@ def settings_of(model: nn.Module) -> str:
             for key, value in sorted(vars(part).items())
             if not key.startswith("_") and not any(word in key for word in _MEANS)
         }
-        known = {key: value for key, value in own.items() if value is not None}
-        lines.append(f"{name} {type(part).__qualname__} {known}")
+        settings = {key: value for key, value in own.items() if value is not None}
+        lines.append(f"{name} {type(part).__qualname__} {settings}")
     return "\n".join(lines)
 
 

@@ -116,8 +116,8 @@ class Preprocess:
         with random_state_kept():
             before = random_state()
             first, *others = (self(image) for _ in range(3))
-            drawn = random_state() != before
-        if drawn or not all(torch.equal(first, other) for other in others):
+            is_random = random_state() != before
+        if is_random or not all(torch.equal(first, other) for other in others):
             raise ValueError(
                 "The tower's preprocessing draws at random, so an image would have another "
                 "embedding each time. Load the tower with the transform of an evaluation "

@@ -171,10 +171,10 @@ def whole_model(tower: VisionTower, source: str | os.PathLike[str] | nn.Module) 
     for name, value in weights.items():
         target = own.get(names[name])
         if target is None or target.shape != value.shape:
-            found = "none" if target is None else list(target.shape)
+            shape = "none" if target is None else list(target.shape)
             raise ValueError(
                 f"`source` {type(model).__name__} has no image tower like this one: `{name}` is "
-                f"{list(value.shape)} in the tower and {found} there. Give the model that the "
+                f"{list(value.shape)} in the tower and {shape} there. Give the model that the "
                 "tower was tuned from."
             )
     for name, value in weights.items():

@@ -63,11 +63,11 @@ def fetch_part(name: str, folder: Path, prefixes: tuple[str, ...]) -> bool:
             return True
         try:
             header = _header(name, url)
-            wanted = {n: entry for n, entry in header.entries.items() if n.startswith(prefixes)}
+            entries = {n: entry for n, entry in header.entries.items() if n.startswith(prefixes)}
             with whole_file(folder / PART) as file:
-                layout = {n: (entry.dtype, entry.shape) for n, entry in wanted.items()}
+                layout = {n: (entry.dtype, entry.shape) for n, entry in entries.items()}
                 write_header(file, layout, {"format": "pt"})
-                for start, end in _runs(wanted.values()):
+                for start, end in _runs(entries.values()):
                     _get(url, file, header.size + start, end - start)
         except _NoRangesError:
             return False

@@ -109,15 +109,15 @@ class Section:
         """
         if self.start is not None and self.start == self.stop:
             return inputs
-        known = self.anatomy
-        row: Any = model.get_submodule(known.parent)._modules
-        names, extras = known.names, known.extras
+        anatomy = self.anatomy
+        row: Any = model.get_submodule(anatomy.parent)._modules
+        names, extras = anatomy.names, anatomy.extras
         stands: dict[str, Any] = {}
         last, is_head = names[-1], self.stop is None and self.start != len(names)
         if is_head and class_token.is_enough(model, row[last]):
             stands[last] = class_token.ClassToken(row[last], extras)
         if self.start is not None:
-            features = inputs.movedim(0, known.batch_dim)
+            features = inputs.movedim(0, anatomy.batch_dim)
             at = names[min(self.start, len(names) - 1)]
             entrance = Enter if self.start < len(names) else Give
             stands[at] = entrance(stands.get(at, row[at]), extras, features)
@@ -126,9 +126,9 @@ class Section:
             at = names[min(self.stop, len(names) - 1)]
             stands[at] = Stop(stands.get(at, row[at]), extras, after=self.stop == len(names))
         try:
-            return encode(swapped(model, known.parent, stands), inputs)
+            return encode(swapped(model, anatomy.parent, stands), inputs)
         except Stopped as stopped:
-            return stopped.features.movedim(known.batch_dim, 0)
+            return stopped.features.movedim(anatomy.batch_dim, 0)
 
 
 def split(tower: VisionTower, k: int) -> tuple[Trunk, Head]:

@@ -154,8 +154,8 @@ class TransformersTower(VisionTower):
         if self.deciding:
             return f"{ {name: getattr(config, name) for name in self.deciding} } "
         own = getattr(config, "vision_config", config).to_dict()
-        kept = {k: v for k, v in own.items() if k not in _ELSEWHERE and not k.startswith("_")}
-        return f"{type(self._bare()).__name__} {json.dumps(kept, sort_keys=True, default=str)} "
+        settings = {k: v for k, v in own.items() if k not in _ELSEWHERE and not k.startswith("_")}
+        return f"{type(self._bare()).__name__} {json.dumps(settings, sort_keys=True, default=str)} "
 
     def _write(self, folder: Path) -> None:
         whole, weights = (*self.whole, self._bare())[0], self._merged_weights()

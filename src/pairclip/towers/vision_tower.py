@@ -132,8 +132,8 @@ class VisionTower(Body):
         return split(self, k)
 
     def _halves(self, cut: int) -> tuple[Trunk, Head]:
-        known = self._anatomy()
-        return Trunk(self, Section(known, None, cut)), Head(self, Section(known, cut, None))
+        anatomy = self._anatomy()
+        return Trunk(self, Section(anatomy, None, cut)), Head(self, Section(anatomy, cut, None))
 
     def _sample(self) -> Tensor:
         """What the tower takes, of two images that are no plain grey."""
@@ -203,7 +203,7 @@ class Trunk(_Half):
 
     def __init__(self, whole: VisionTower, section: Section) -> None:
         super().__init__(whole, section)
-        self.eval()
+        self.training = False  # its modules are the tower's, and keep their mode
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Encode pixel values ``[B, 3, H, W]`` into features ``[B, ...]``."""
@@ -227,10 +227,10 @@ class Head(_Half):
 
     def _halves(self, cut: int) -> tuple[Trunk, Head]:
         """Of the head of a tower that was split before."""
-        first, known, (whole,) = self._section.start or 0, self._known, self._whole
-        middle = Trunk(whole, Section(known, first, first + cut))
+        first, anatomy, (whole,) = self._section.start or 0, self._section.anatomy, self._whole
+        middle = Trunk(whole, Section(anatomy, first, first + cut))
         middle.preprocess = self.preprocess
-        return middle, Head(whole, Section(known, first + cut, None))
+        return middle, Head(whole, Section(anatomy, first + cut, None))
 
     def _sample(self) -> Tensor:
         (whole,), first = self._whole, self._section.start
