@@ -11,10 +11,13 @@ way round. Compared is the processor time of such two turns, by the median of th
 follows "+-" is that median's standard error.
 
 small, tiny, ViT-B/32: a step of a fit, as in `finetuner.py`, with data loading and preprocessing.
+checkpoints: a step of the small tower's fit that writes one, with a batch of 8; resume: a fit that
+goes on from such a one with its last step.
 features: an epoch of the last 2 of 12 blocks on cached features.
 memory: highest resident memory of two steps less that before the first, in a process for each.
-save, load, paths, verify, search, add: of an index as in `index.py`; "paths" is to load it and to
-ask for a path, "search" to find the 10 nearest of many queries, "add" to add 1,000 images and save.
+save, load, find, verify, search, add: of an index as in `index.py`; "search" gives the 10 nearest
+of many queries, "find" loads it and gives those of one with their paths, "add" adds 1,000 images
+and saves.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import importlib
 import io
 import math
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -44,7 +48,7 @@ from contenders.task import CLIP, RATE
 
 BEFORE, NOW = "pairclip_before", "pairclip"
 SLOWER = 1.03
-LOOPS = ("small", "tiny", "ViT-B/32")
+LOOPS = {"small": "small", "tiny": "tiny", "ViT-B/32": "ViT-B/32", "checkpoints": "small"}
 MEMORY = {"memory 32": (32, None), "memory 1,024 by 32": (1024, 32), "memory 1,024": (1024, None)}
 _LEAST_TURNS = 5
 _MANY = 100_000
@@ -64,6 +68,10 @@ def check_out(commit: str, folder: Path) -> None:
         file.write_text(re.sub(rf"\b(from|import) {NOW}\b", rf"\1 {BEFORE}", file.read_text()))
 
 
+def folder_of(package: Any, job: Row) -> Path:
+    return Path(job["folder"], package.__name__)
+
+
 def tower_of(package: Any, name: str) -> Any:
     """The same tower in each."""
     tower = finetuner.tower_named(name)
@@ -79,8 +87,9 @@ def trainer(package: Any, tower: Any, **options: Any) -> Any:
 
 def loop(package: Any, job: Row) -> Step:
     """A fit in a thread, which goes on to the end of its next step at each call."""
-    name = job["row"]
-    batch = job["vit_batch"] if name == "ViT-B/32" else job["batch"]
+    name, saves = LOOPS[job["row"]], job["row"] == "checkpoints"
+    batch = 8 if saves else job["vit_batch"] if name == "ViT-B/32" else job["batch"]
+    options = {"checkpoint_dir": folder_of(package, job), "checkpoint_every": 1} if saves else {}
     images = finetuner.images_for(name, 4 * batch)
     go, done = threading.Semaphore(0), threading.Semaphore(0)
     failed: list[BaseException] = []
@@ -96,7 +105,7 @@ def loop(package: Any, job: Row) -> Step:
             fitted = trainer(
                 package, tower_of(package, name), max_grad_norm=CLIP, callbacks=[Baton()]
             )
-            fitted.fit(images, sampler=finetuner.batches_of(4 * batch, batch, _MANY))
+            fitted.fit(images, sampler=finetuner.batches_of(4 * batch, batch, _MANY), **options)
         except BaseException as error:
             failed.append(error)
             done.release()
@@ -113,12 +122,23 @@ def loop(package: Any, job: Row) -> Step:
     return step
 
 
+def resume(package: Any, job: Row) -> Step:
+    folder, images = folder_of(package, job), finetuner.images_for("small", 32)
+    tower, last = tower_of(package, "small"), folder / "step-00000004"
+    options = {"sampler": finetuner.batches_of(32, 8, 4), "checkpoint_every": 1}
+
+    def go_on() -> None:
+        shutil.rmtree(last, ignore_errors=True)
+        trainer(package, tower).fit(images, **options, checkpoint_dir=folder, resume=True)
+
+    return go_on
+
+
 def features(package: Any, job: Row) -> Step:
     batch, steps = job["vit_batch"], 6
     trunk, head = tower_of(package, "ViT-B/32").split(2)
     images = finetuner.images_for("ViT-B/32", batch * steps)
-    folder = Path(job["folder"], f"features {package.__name__}")
-    cached = package.cache_features(trunk, images, folder)
+    cached = package.cache_features(trunk, images, folder_of(package, job))
     batches = finetuner.batches_of(batch * steps, batch, steps)
     return lambda: trainer(package, head).fit(cached, sampler=batches)
 
@@ -128,7 +148,7 @@ def index_step(package: Any, job: Row) -> Step | None:
 
     kind = importlib.import_module(f"{package.__name__}.index").ImageIndex
     what, rows = job["row"], job["rows"]
-    folder = Path(job["folder"], f"index {package.__name__}")
+    folder = folder_of(package, job)
     tower = tower_of(package, "tiny") if what == "add" else None
     width = job["width"] if tower is None else tower.embedding_dim
     made = {"rows": rows, "width": width, "classes": job["classes"]}
@@ -158,7 +178,7 @@ def index_step(package: Any, job: Row) -> Step | None:
     queries = {count: index.clustered(count, made, seed=2).float() for count in (10, 1000)}
     return {
         "load": lambda: kind.load(folder),
-        "paths": lambda: kind.load(folder).paths[-1],
+        "find": lambda: kind.load(folder).search(queries[10][0]),
         "verify": opened.verify,
         "search 10": lambda: opened.nearest_neighbors(queries[10], k=index.K),
         "search 1,000": lambda: opened.nearest_neighbors(queries[1000], k=index.K),
@@ -168,10 +188,10 @@ def index_step(package: Any, job: Row) -> Step | None:
 def steps_of(package: Any, job: Row) -> Step | None:
     if job["row"] in LOOPS:
         return loop(package, job)
-    return features(package, job) if job["row"] == "features" else index_step(package, job)
+    return {"features": features, "resume": resume}.get(job["row"], index_step)(package, job)
 
 
-ROWS = (*LOOPS, "features", *MEMORY, "save", "load", "paths", "verify", "search 10")
+ROWS = (*LOOPS, "resume", "features", *MEMORY, "save", "load", "find", "verify", "search 10")
 ROWS = (*ROWS, "search 1,000", "add")
 
 
@@ -263,8 +283,9 @@ def line_of(row: Row) -> list[str]:
         f"{_bench.number(1000 * statistics.median(row['seconds'][name]))} ms"
         for name in (BEFORE, NOW)
     ]
-    # Of a median of n values that scatter normally.
-    error = math.sqrt(math.pi / 2 / len(ratios)) * statistics.pstdev(ratios)
+    # Of a median of n values that scatter normally, but for some that something else disturbed.
+    first, _, third = statistics.quantiles(ratios, n=4)
+    error = math.sqrt(math.pi / 2 / len(ratios)) * (third - first) / 1.349
     return [row["row"], *medians, ratio, _bench.number(error), str(len(ratios))]
 
 
