@@ -335,6 +335,26 @@ def test_an_embedding_costs_one_run_of_the_model() -> None:
     assert seen == [len(pixels())]
 
 
+@pytest.mark.parametrize("fewest", [0, 1])
+def test_what_is_before_a_head_runs_on_as_few_images_as_the_model_can(fewest: int) -> None:
+    tower, seen = new_tower("clip"), []
+    stem: Any = tower.model.vision_model.embeddings
+
+    class Stem(type(stem)):  # type: ignore[misc]
+        def forward(self, pixel_values: Tensor, **options: Any) -> Any:
+            seen.append(len(pixel_values))
+            if len(pixel_values) < fewest:
+                raise RuntimeError("no image")
+            return super().forward(pixel_values, **options)
+
+    stem.__class__ = Stem
+    trunk, head = tower.split(1)
+    features, expected = trunk(pixels()), tower(pixels())
+    seen.clear()
+    assert_close(head(features), expected, rtol=0, atol=1e-5)
+    assert seen == [fewest]
+
+
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
 def test_the_parts_are_the_same_in_whatever_mode_they_were_looked_for(mode: Any) -> None:
     tower, other = new_tower("clip"), new_tower("clip")

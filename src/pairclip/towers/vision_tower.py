@@ -160,7 +160,8 @@ class _Half(VisionTower):
         self._known = section.anatomy
 
     def _run(self, inputs: Tensor) -> Tensor:
-        return self._section.run(self.model, self._encode, inputs, self._grey(1))
+        grey = self._grey(self._section.grey)
+        return self._section.run(self.model, self._encode, inputs, grey)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -221,7 +222,7 @@ class Head(_Half):
 
     def forward(self, features: Tensor) -> Tensor:
         """Embed features ``[B, ...]``, of any floating-point type, into ``[B, D]``."""
-        # What is before the blocks runs on a grey image, of which a batch norm must not learn.
+        # What is before the blocks may run on a grey image, of which a batch norm must not learn.
         with evaluating(*self._others, deeply=False):
             return self._run(features.to(like(self._whole[0]).dtype))
 
