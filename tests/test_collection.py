@@ -15,6 +15,31 @@ from pairclip.collection import Check
 from pairclip.towers import random_tower
 
 
+class Relative:
+    """Tells names of files as they are within a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.samples = [("0.png", 0), ("1.png", 1)]
+        self.targets = [0, 1]
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        with Image.open(self.folder / self.samples[index][0]) as image:
+            return image.copy(), self.targets[index]
+
+
+def test_names_that_are_no_paths_are_not_opened_nor_written(tmp_path: Path) -> None:
+    for number in range(2):
+        picture(np.random.default_rng(number)).save(tmp_path / f"{number}.png")
+    check = check_collection({"all": Relative(tmp_path)})
+    assert [item.name for item in check.items] == ["0.png", "1.png"]
+    with pytest.raises(ValueError, match=r"a table of paths, and 0\.png is no file"):
+        check.write_clean(tmp_path / "clean.csv")
+
+
 def picture(generator: np.random.Generator, side: int = 20) -> Image.Image:
     pixels = generator.integers(0, 256, (5, 5, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize((side, side))

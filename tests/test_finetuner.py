@@ -33,6 +33,7 @@ from pairclip import (
     cosine_pair_loss,
     evaluate,
     load_tower,
+    newest_checkpoint,
     on_pairs,
 )
 from pairclip.callbacks import FitState
@@ -594,13 +595,18 @@ def test_wrong_evaluations_are_errors(tower, images, arguments, error, message: 
         Finetuner(tower, SQUARED).fit(images, **arguments)
 
 
-def test_an_evaluation_of_your_own_gives_numbers_of_any_type(tower, images) -> None:
+def test_an_evaluation_of_your_own_gives_numbers_of_any_type(tower, images, tmp_path: Path) -> None:
     numbers = {"a": np.float32(0.5), "b": torch.tensor(0.25), "c": np.int64(3), "d": 1, "e": [1]}
+    numbers |= {"step": 99, "mean_average_precision": math.inf}
     history = Finetuner(tower, SQUARED).fit(
-        images, batch_size=12, max_steps=1, evaluate=lambda _: numbers
+        images, batch_size=12, max_steps=1, evaluate=lambda _: numbers, checkpoint_dir=tmp_path
     )
-    assert history.evaluations == [{"step": 1, "a": 0.5, "b": 0.25, "c": 3.0, "d": 1}]
-    assert {type(value) for value in history.evaluations[0].values()} == {int, float}
+    assert history.evaluations == [
+        {"step": 1, "a": 0.5, "b": 0.25, "c": 3.0, "d": 1, "mean_average_precision": None}
+    ]
+    checkpoint = newest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    assert checkpoint.figure is None
     with pytest.raises(TypeError, match="`evaluate` must return numbers by name, a dict, got floa"):
         Finetuner(tower, SQUARED).fit(images, batch_size=12, max_steps=1, evaluate=lambda _: 0.5)
 

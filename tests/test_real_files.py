@@ -37,6 +37,7 @@ from pairclip import (
     ImageIndex,
     LabelledImages,
     VisionTower,
+    check_collection,
     check_images,
     class_names_of,
     embed_images,
@@ -46,7 +47,7 @@ from pairclip import (
     newest_checkpoint,
 )
 from pairclip.command import data as command_data, tune
-from pairclip.datasets import as_rgb, image_files, join_classes
+from pairclip.datasets import Problem, as_rgb, image_files, join_classes
 from pairclip.embedding import Pixels
 from pairclip.finetuner.batches import ItemKey, TrainingItems
 from pairclip.finetuner.images import FitImages
@@ -940,6 +941,20 @@ def test_images_that_can_not_be_read_are_listed(damaged: Path, num_workers: int)
     assert "truncated" in problems[0].reason
     assert "cannot identify image file" in problems[1].reason
     assert check_images(Subset(ImageFolder(damaged), [0, 2])) == []
+
+
+def test_an_image_that_can_not_be_made_is_listed_like_one_that_can_not_be_read() -> None:
+    class Made(list[Any]):
+        def __getitem__(self, index: Any) -> Image.Image:
+            if index == 1:
+                raise OSError("no such plate")
+            return F
+
+    images = (Made([None] * 3), ["ant", "bee", "cat"])
+    assert check_images(images) == [Problem(1, None, "no such plate")]
+    with pytest.warns(UserWarning, match=r"1 of 3 images can't be read .*image 1: no such plate"):
+        assert len(LabelledImages(images, on_error="skip")) == 2
+    assert check_collection({"all": images}).items[1].problem == "no such plate"
 
 
 def test_images_that_can_not_be_read_are_left_out_and_counted(damaged: Path) -> None:

@@ -346,6 +346,8 @@ def test_tune_merges_low_rank_adapters_of_the_last_blocks() -> None:
         recipe = Recipe("low rank", steps=2, **SMALL, lora_rank=2, train_blocks=count)
         with pytest.raises(ValueError, match=rf"from 1 to 2, the tower's blocks, .*got {count}"):
             tune(tower, images(), recipe)
+    with pytest.raises(TypeError, match=r"`recipe` must be a `Recipe`, got None\. The `best`"):
+        tune(tower, images(), None)
 
 
 def test_default_recipes_fit_the_tower() -> None:

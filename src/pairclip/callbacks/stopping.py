@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pairclip import _checks
 from pairclip.callbacks.base import Callback, FitState
-from pairclip.checkpoints import trained_tensors
+from pairclip.checkpoints import copy_into, trained_tensors
 
 
 class EarlyStopping(Callback):
@@ -83,10 +82,7 @@ class EarlyStopping(Callback):
 
     def on_fit_end(self, fit: FitState) -> None:
         """Restore the best weights."""
-        trained = trained_tensors(fit.tower)
-        with torch.no_grad():
-            for name, best in self.best_weights.items():
-                trained[name].copy_(best)
+        copy_into(trained_tensors(fit.tower), self.best_weights)
 
     def state_dict(self) -> dict[str, Any]:
         """The best figure and weights, and how long ago they were."""

@@ -172,7 +172,7 @@ class Check:
         table.writerow(["image", "label", "split", "doubt"])
         for place in left:
             item, doubt = self.items[place], self.suspicion[place]
-            if item.path is None:
+            if item.path is None or not os.path.isfile(item.path):
                 raise ValueError(
                     f"'{os.fspath(path)}' would be a table of paths, and {item.name} is no file. "
                     "Save the images as files first."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -69,7 +70,7 @@ def check_collection(
         raise ValueError("`parts` must have at least one dataset, got none.")
     opened = {part: LabelledImages(images) for part, images in parts.items()}
     items = [
-        Item(part, index, images.source.path(index), _class_name(images, index))
+        Item(part, index, images.source.known_path(index), _class_name(images, index))
         for part, images in opened.items()
         for index in range(len(images))
     ]
@@ -110,7 +111,7 @@ class _Seen(NamedTuple):
 
 def _look(image: Image.Image, path: str | None) -> _Seen:
     mode, frames = image.mode, 1
-    if path is not None:
+    if path is not None and os.path.isfile(path):  # and not relative to a folder of the dataset
         with Image.open(path) as file:
             mode = file.mode
             frames = getattr(file, "n_frames", 1) if file.format in _ANIMATED else 1

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -70,7 +69,6 @@ def look_at(
         batch_size=_AT_ONCE,
         num_workers=num_workers,
         collate_fn=list,
-        generator=torch.Generator(),  # else the loader draws from the caller's
     )
     bar = progress(total=len(source.labels), desc="Checking images", unit="image", leave=False)
     with random_state_kept(), bar:
@@ -93,7 +91,7 @@ class _Attempts(Dataset["Seen | Problem"], Generic[Seen]):
         return len(self.source.labels)
 
     def __getitem__(self, index: int) -> Seen | Problem:
-        path = self.source.path(index)
+        path = self.source.known_path(index)
         try:
             image = self.source.read(index)
         except (ValueError, TypeError) as error:

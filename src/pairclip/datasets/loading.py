@@ -9,7 +9,13 @@ from torch.utils.data import DataLoader
 
 
 class HostLoader(DataLoader[Any]):
-    """A `DataLoader` that works in memory of the host, whatever the default device is."""
+    """A `DataLoader` that works in memory of the host, whatever the default device is.
+
+    Without a `generator` it has one of its own, and draws nothing from the caller's.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"generator": torch.Generator()} | options)
 
     def __iter__(self) -> Any:
         # Its generator is the CPU's, and what it draws would be elsewhere; workers know no device.

@@ -94,11 +94,15 @@ class Source:
 
     def name(self, index: int) -> str:
         """What a message calls an image."""
-        try:
-            path = self.path(index)
-        except Exception:  # of an image that is made when it is asked for, and can't be
-            path = None
+        path = self.known_path(index)
         return f"Image {index}" + (f" ({path})" if path else "")
+
+    def known_path(self, index: int) -> str | None:
+        """The path, or None too where an image is made when it is asked for, and can't be."""
+        try:
+            return self.path(index)
+        except Exception:
+            return None
 
     def check_label(self, index: int) -> None:
         """Raise `LabelsDiffer` if the item has another label than the dataset tells."""

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from pairclip import _checks
@@ -183,9 +182,8 @@ class StreamBatches:
     def _decoded(self, drawn: Iterator[StreamBatch], **loading: Any) -> Iterator[Decoded]:
         loader = HostLoader(
             Decoder(self.preprocess, self.seed, self._notices, skips=self._skips),
-            batch_sampler=drawn,  # type: ignore[arg-type] # which takes any iterable
+            batch_sampler=drawn,
             collate_fn=as_it_is,
-            generator=torch.Generator(),  # else the loader draws from the caller's
             **loading,
         )
         for batch in loader:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -56,7 +55,6 @@ def pixel_batches(
         sampler=share,
         pin_memory=pin_memory,
         collate_fn=collate_fn,
-        generator=torch.Generator(),  # else the loader draws from the caller's
     )
 
 

@@ -10,14 +10,18 @@ from pairclip.retrieval import METRICS
 
 def change_row(title: str, change: Change) -> str:
     """A row of a Markdown table."""
-    difference = signed(change.difference)
-    if change.is_clear:
-        difference = f"**{difference}**"
-    interval = ""
-    if change.interval is not None:
-        interval = " to ".join(map(signed, change.interval))
     before, after = as_text(change.before), as_text(change.after)
-    return f"| {title} | {before} | {after} | {difference} | {interval} |"
+    return f"| {title} | {before} | {after} | {difference_of(change)} | {interval_of(change)} |"
+
+
+def difference_of(change: Change) -> str:
+    """Its difference in Markdown, in bold if its interval leaves out 0."""
+    return f"**{signed(change.difference)}**" if change.is_clear else signed(change.difference)
+
+
+def interval_of(change: Change) -> str:
+    """The ends of its interval; empty where it has none."""
+    return "" if change.interval is None else " to ".join(map(signed, change.interval))
 
 
 def as_text(value: float | None, digits: int = 3) -> str:

@@ -70,6 +70,7 @@ def _numbers_of(evaluate: Callable[[Any], Any], tower: Any) -> dict[str, float]:
     return {
         name: value if isinstance(value, int) else float(value)
         for name, value in result.items()
+        if name != "step"  # which the fit itself tells
         if isinstance(value, Real) or (isinstance(value, Tensor) and value.ndim == 0)
     }
 
@@ -102,7 +103,7 @@ def check_all_images(
 def _missing(data: LabelledImages, indices: range) -> list[Problem]:
     if data.source.in_memory:
         return []
-    paths = {index: data.source.path(index) for index in indices}
+    paths = {index: data.source.known_path(index) for index in indices}
     there = {index: path is not None and os.path.exists(path) for index, path in paths.items()}
     # A dataset may tell names that are relative to a folder of its own: then none is there.
     relative = any(there[i] and not os.path.isabs(path) for i, path in paths.items() if path)

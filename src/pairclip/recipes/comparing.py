@@ -51,7 +51,7 @@ def compare_recipes(
     two are trained for their whole length. In each round those come first that lose no more than
     `limit` elsewhere, and of these those that gain most.
 
-    The tower is not changed. ``comparison.best.tune(tower, dataset)`` then trains on all of it.
+    The tower is not changed. ``tune(tower, dataset, comparison.best)`` then trains on all of it.
 
     Args:
         tower: The tower to fine-tune.
@@ -216,8 +216,8 @@ def _one_training_each(recipes: Sequence[Recipe], steps: Sequence[int]) -> list[
     """Places of the recipes that differ in name and blend alone, together."""
     together: dict[Any, list[int]] = {}
     for place, (recipe, count) in enumerate(zip(recipes, steps, strict=True)):
-        settings = replace(recipe, name="", blend=1.0, steps=count)
-        together.setdefault(settings, []).append(place)
+        settings = replace(recipe, name="", blend=1.0, steps=count, loss=None)
+        together.setdefault((settings, id(recipe.loss)), []).append(place)
     return list(together.values())
 
 

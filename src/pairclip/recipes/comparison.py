@@ -8,7 +8,7 @@ from typing import Any
 
 from pairclip._files import plain, write_json
 from pairclip.evaluation import Change
-from pairclip.evaluation.wording import signed
+from pairclip.evaluation.wording import difference_of, interval_of
 from pairclip.recipes.recipe import Recipe
 
 TRAINED, LEFT_OUT, OTHERS = "trained", "classes left out", "others"
@@ -152,7 +152,7 @@ falls by 0.250, more than the limit of 0.01.
 
 def _gain(result: RecipeResult) -> str:
     change = result.gain
-    interval = "" if change.interval is None else f" ({_interval(change)})"
+    interval = "" if change.interval is None else f" ({interval_of(change)})"
     verb = "gains" if change.difference >= 0 else "loses"
     return f"{verb} {abs(change.difference):.3f} mAP{interval}"
 
@@ -161,12 +161,6 @@ def _elsewhere(result: RecipeResult) -> str:
     return f"falls by {result.loss:.3f}" if result.loss > 0 else "doesn't fall"
 
 
-def _interval(change: Change) -> str:
-    return " to ".join(signed(end) for end in change.interval or ())
-
-
 def _cell(change: Change) -> str:
-    difference = signed(change.difference)
-    if change.is_clear:
-        difference = f"**{difference}**"
-    return f"{difference} ({_interval(change)})" if change.interval else difference
+    interval = "" if change.interval is None else f" ({interval_of(change)})"
+    return difference_of(change) + interval

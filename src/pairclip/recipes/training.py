@@ -43,6 +43,7 @@ def tune(
         A new tower in evaluation mode, with adapters merged, and blended as the recipe says.
 
     Raises:
+        TypeError: If `recipe` is none, as the `best` of a comparison may be.
         ValueError: If `keep` is missing or would be ignored, or the dataset doesn't fit the
             recipe's batches.
         ImportError: If a recipe with `lora_rank` is used without PEFT.
@@ -58,6 +59,11 @@ def tune(
         12
     """
     tower = tower_of(tower)
+    if not isinstance(recipe, Recipe):
+        raise TypeError(
+            f"`recipe` must be a `Recipe`, got {recipe!r}. The `best` of a comparison is None "
+            "where the tower is best left as it is."
+        )
     trained = train(
         recipe,
         tower,

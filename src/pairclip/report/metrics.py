@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pairclip.evaluation import Change, Evaluation, wording
 from pairclip.evaluation.showing import neighbor_is_right
-from pairclip.evaluation.wording import as_text, signed
+from pairclip.evaluation.wording import as_text, interval_of, signed
 from pairclip.report.html import Html, element, header, joined, row, scrolling
 from pairclip.retrieval import METRICS, PAIR_METRICS, QUERY_METRICS
 
@@ -92,7 +92,7 @@ def _row(title: str, change: Change, compared: bool) -> Html:
     before, after = as_text(change.before), as_text(change.after)
     if not compared:
         return row(title, after)
-    return row(title, before, after, change_cell(change), _interval(change))
+    return row(title, before, after, change_cell(change), interval_of(change))
 
 
 def change_cell(change: Change) -> Html:
@@ -105,10 +105,6 @@ def change_cell(change: Change) -> Html:
     return element("td", mark, " ", text, class_=f"number {kind}")
 
 
-def _interval(change: Change) -> str:
-    return "" if change.interval is None else " to ".join(map(signed, change.interval))
-
-
 def _in_words(change: Change) -> str:
     span = f"from {as_text(change.before)} to {as_text(change.after)}"
     if change.interval is None:
@@ -116,7 +112,7 @@ def _in_words(change: Change) -> str:
     verdict = "no clear change"
     if change.is_clear:
         verdict = "a clear gain" if change.difference > 0 else "a clear loss"
-    return f"{span} ({signed(change.difference)}, 95 % interval {_interval(change)}: {verdict})"
+    return f"{span} ({signed(change.difference)}, 95 % interval {interval_of(change)}: {verdict})"
 
 
 def _similarities(evaluation: Evaluation) -> str:
