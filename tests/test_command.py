@@ -285,6 +285,10 @@ def test_evaluate_says_where_the_images_were_trained_on(
         assert run("evaluate", tmp_path / "run" / "tower", folder) == 0
     said = capsys.readouterr().err
     assert said.startswith(f"warning: MODEL was tuned on 24 of the images of '{folder}', so these")
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert run("evaluate", model, folder, "--against", tmp_path / "run" / "tower") == 0
+    assert capsys.readouterr().err.startswith("warning: --against was tuned on 24 of the images")
     folder.rename(tmp_path / "other")
     assert run("evaluate", tmp_path / "run" / "tower", tmp_path / "other") == 0
     assert "tuned on" not in capsys.readouterr().err

@@ -127,6 +127,17 @@ def test_sentence_transformers_gives_the_same_embedding_from_a_saved_tower(tmp_p
     assert_close(load_tower(tmp_path).preprocess(PHOTO), tower.preprocess(PHOTO))
 
 
+def test_a_sentence_transformer_of_no_images_is_refused() -> None:
+    library = pytest.importorskip("sentence_transformers")
+
+    class Words(nn.Module):
+        """As those whose first module is a table of words."""
+
+    model = library.SentenceTransformer(modules=[Words()], device="cpu")
+    with pytest.raises(ValueError, match="begins with a Words, so it has no image model"):
+        load_tower(model)
+
+
 def open_clip_folder(folder: Path) -> Path:
     open_clip = pytest.importorskip("open_clip")
     model_cfg = {
@@ -568,6 +579,9 @@ def test_a_tuned_tower_goes_back_beside_its_texts(tmp_path: Path) -> None:
         assert_close(features, tower(pixels(16)))
     with pytest.raises(ValueError, match=r"has no image tower like this one: `.*` is \[16.*"):
         whole_model(random_tower(width=16), tmp_path)
+    model.half().save_pretrained(tmp_path)
+    weight = whole_model(tower, tmp_path).visual_projection.weight
+    assert torch.equal(weight, tower.model.visual_projection.weight)
 
 
 def test_a_model_card_says_what_a_tower_is_and_how_to_load_it(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import shutil
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -34,10 +35,12 @@ from transformers import (
     SiglipModel,
     SiglipVisionModel,
 )
+from transformers.utils import logging
 
 from pairclip import VisionTower, _files, load_tower
 from pairclip.towers import loading, random_tower
 from pairclip.towers.preprocess import Preprocess
+from pairclip.towers.transformers_tower import quiet
 
 VISION = {
     "hidden_size": 32,
@@ -182,6 +185,27 @@ def test_a_half_precision_checkpoint_is_loaded_in_float32(dtype: torch.dtype, fo
     tower.save_pretrained(folder.with_name("again"))
     values = load_file(folder.with_name("again") / "model.safetensors").values()
     assert {value.dtype for value in values} == {torch.float32}
+
+
+def test_threads_that_load_leave_the_verbosity_of_transformers_as_it_was() -> None:
+    before, entered = logging.get_verbosity(), threading.Event()
+
+    def load(seconds: float, *, first: bool) -> None:
+        if not first:
+            entered.wait()
+        with quiet():
+            entered.set()
+            time.sleep(seconds)
+
+    threads = [
+        threading.Thread(target=load, args=(seconds,), kwargs={"first": first})
+        for seconds, first in ((0.05, True), (0.1, False))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert logging.get_verbosity() == before
 
 
 def test_loading_says_nothing(folders: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
@@ -578,6 +602,18 @@ class Bomb:
 
     def __reduce__(self) -> tuple[object, tuple[str, int]]:
         return os.mkdir, (self.path, 0o700)
+
+
+@pytest.mark.parametrize("index", [[], {}, {"weight_map": {}}, {"weight_map": {"a": 5}}])
+def test_an_index_that_names_no_safetensors_is_not_one_of_weights(
+    index: object, folder: Path
+) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        FileNotFoundError, match=r"lacks weights that its model\.safetensors\.index"
+    ):
+        load_tower(folder)
 
 
 @pytest.mark.parametrize("index", [False, True])

@@ -80,7 +80,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         facts = {"tower": tower.fingerprint(), "data": data.described(images)}
         facts |= {} if gallery is None else {"gallery": data.described(gallery)}
         outputs.open_run(args.output, args, RESULTS, **facts)
-    outputs.warn_if_tuned_on(args.model, args.data, args.split)
+    for name, model in (("MODEL", args.model), ("--against", args.against)):
+        if model is not None:
+            outputs.warn_if_tuned_on(name, model, args.data, args.split)
     loading = {"num_workers": args.num_workers, "batch_size": args.embed_batch_size}
     choice = None
     if args.false_match_rate is not None:

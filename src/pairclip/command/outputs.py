@@ -70,7 +70,7 @@ def open_run(
     return run
 
 
-def warn_if_tuned_on(model: str, data: Path, part: str | None) -> None:
+def warn_if_tuned_on(name: str, model: str, data: Path, part: str | None) -> None:
     """Warn where the tower of a run is about to be evaluated on images that it was tuned on."""
     from pairclip import _files
 
@@ -82,7 +82,7 @@ def warn_if_tuned_on(model: str, data: Path, part: str | None) -> None:
         return  # not the tower of a run
     if (data / (part or "")).resolve() in (whole, whole / "train"):
         warnings.warn(
-            f"MODEL was tuned on {split['train']['images']:,} of the images of '{data}', so these "
+            f"{name} was tuned on {split['train']['images']:,} of the images of '{data}', so these "
             f"metrics are too good. Those of the {split['test']['images']:,} that were held out "
             f"are in '{Path(model).parent / 'metrics.json'}'.",
             stacklevel=2,

@@ -95,8 +95,12 @@ def has_weights(folder: Path, kind: str = CONFIG) -> bool:
     if not (folder / INDEX).is_file():
         return False
     # `transformers` would unpickle shards that are not safetensors.
-    shards = {*read_json(folder / INDEX).get("weight_map", {}).values()}
-    return all(name.endswith(".safetensors") and (folder / name).is_file() for name in shards)
+    index = read_json(folder / INDEX)
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    shards = {str(name) for name in files.values()} if isinstance(files, dict) else set()
+    return bool(shards) and all(
+        name.endswith(".safetensors") and (folder / name).is_file() for name in shards
+    )
 
 
 def without_weights(folder: Path, file: str = WHOLE) -> FileNotFoundError:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from torch import nn
 from transformers import AutoModel
@@ -140,7 +141,8 @@ def whole_model(tower: VisionTower, source: str | os.PathLike[str] | nn.Module) 
 
     Args:
         tower: Tuned from the image tower of `source`; adapters of PEFT count as merged.
-        source: Folder of the whole model, or the model itself, which is changed in place.
+        source: Folder of the whole model, read in float32, or the model itself, which is changed
+            in place.
 
     Returns:
         The whole model, ready for ``save_pretrained``. How texts and images agree after tuning is
@@ -163,7 +165,7 @@ def whole_model(tower: VisionTower, source: str | os.PathLike[str] | nn.Module) 
     if isinstance(source, nn.Module):
         model: Any = source
     else:
-        model = AutoModel.from_pretrained(source, use_safetensors=True)
+        model = AutoModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
     own = dict(model.state_dict())
     weights = tower._merged_weights()
     # A whole model of transformers 5 may hold its image tower one level down.

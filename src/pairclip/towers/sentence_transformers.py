@@ -21,13 +21,19 @@ def parts_of(source: Any) -> tuple[Any, Any] | None:
     """Model of `transformers` and image processor in a `SentenceTransformer`, or None.
 
     Raises:
-        ValueError: If its embeddings are more than its model's, scaled to unit length.
+        ValueError: If its embeddings are more than its model's, scaled to unit length, or it has no
+            such model.
     """
     library = sys.modules.get("sentence_transformers")
     if library is None or not isinstance(source, library.SentenceTransformer):
         return None
     first, *others = source
     _check_nothing_follows([type(part).__name__ for part in others])
+    if not (hasattr(first, "auto_model") and hasattr(first, "processor")):
+        raise ValueError(
+            f"`source` is a SentenceTransformer that begins with a {type(first).__name__}, so it "
+            "has no image model of transformers."
+        )
     processor = first.processor
     return first.auto_model, getattr(processor, "image_processor", processor)
 

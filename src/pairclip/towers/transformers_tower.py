@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,9 @@ _ELSEWHERE = {
     *("transformers_version", "torch_dtype", "dtype", "architectures", "use_cache", "model_type"),
     *("output_attentions", "output_hidden_states", "return_dict", "initializer_range"),
 }
+
+
+_ONE_AT_A_TIME = threading.RLock()
 
 
 class TransformersTower(VisionTower):
@@ -199,16 +203,17 @@ def check_takes_images(kind: Any, name: str, model_type: str | None) -> None:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep `transformers` from listing text weights, and from progress bars off a terminal."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+    with _ONE_AT_A_TIME:  # its settings are those of all threads
+        verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        if not sys.stderr.isatty():
+            logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
+            if bars:
+                logging.enable_progress_bar()
 
 
 def _check_output_size(image_processor: Any, image_size: int) -> None:
