@@ -62,6 +62,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def tables(args: argparse.Namespace) -> list[Path]:
     """Parquet files with a row for each image; those of a folder or a CSV file are made first."""
+    if not args.images.exists():
+        raise FileNotFoundError(
+            f"'{args.images}' is no folder and no table: there is no such file."
+        )
     if args.images.suffix == ".parquet":
         return [args.images]
     if args.images.is_dir() and (files := sorted(args.images.glob("*.parquet"))):
@@ -80,6 +84,8 @@ def tables(args: argparse.Namespace) -> list[Path]:
             columns["label"] = [names[label] for label in labels] if names else labels
     args.image, args.label = "path", "label" if "label" in columns else None
     table, file = pa.table(columns), args.output / LISTING
+    if not len(table):
+        raise ValueError(f"'{args.images}' has no images.")
     if not file.exists():
         write(table, file, row_group_size=args.shard)
     elif not parquet.read_table(file).equals(table):
@@ -94,10 +100,19 @@ def shards_of(files: list[Path], args: argparse.Namespace) -> list[Shard]:
     """Where the rows of each file to write lie."""
     shards: list[Shard] = []
     for file in files:
-        rows = parquet.read_metadata(file).num_rows
+        try:
+            opened = parquet.ParquetFile(file)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"'{file}' can't be read: {error}") from error
+        there, rows = opened.schema_arrow.names, opened.metadata.num_rows
+        for option, column in (("--image", args.image), ("--label", args.label)):
+            if column is not None and column not in there:
+                raise ValueError(f"{option} '{column}' is no column of '{file}': it has {there}.")
         for first in range(0, rows, args.shard):
             place = {"file": str(file.absolute()), "first": first}
             shards.append({"number": len(shards), **place, "count": min(args.shard, rows - first)})
+    if not shards:
+        raise ValueError(f"'{args.images}' has no images.")
     return shards
 
 
@@ -148,7 +163,7 @@ def write(table: pa.Table, file: Path, **options: Any) -> None:
     """Put a file in place when it is whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(file) as stream:
-        parquet.write_table(table, stream, **options)
+        parquet.write_table(table, stream, write_page_checksum=True, **options)
 
 
 class Shards:
@@ -177,6 +192,8 @@ class Shards:
     def write(self, shard: Shard, vectors: np.ndarray) -> None:
         """Write a shard whose vectors are complete."""
         args, columns = self.args, {}
+        if not np.isfinite(vectors).all():
+            raise ValueError(f"An embedding is not finite in {self._metadata(shard)[b'source']!r}.")
         names = [args.image, args.label] if args.label else [args.image]
         rows = rows_of(shard, names)
         images = rows[args.image].to_pylist()

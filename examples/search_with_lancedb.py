@@ -15,6 +15,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +27,12 @@ import pyarrow as pa
 from lancedb.index import IvfPq
 from pyarrow import parquet
 
-from pairclip import embed_images, load_tower
+from pairclip import VisionTower, embed_images, load_tower
 from pairclip.command.arguments import CLIP, HelpFormatter, whole_number
 from pairclip.command.running import obey
 
 TABLE = "images"
-FINGERPRINT = b"pairclip.fingerprint"
+FINGERPRINT, UNKNOWN = b"pairclip.fingerprint", b"unknown"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -49,42 +52,76 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def fill(database: Any, folder: Path) -> Any:
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Say of an error in which file it is."""
+    try:
+        yield
+    except (KeyError, OSError, ValueError, pa.ArrowException) as error:
+        raise ValueError(f"'{file}' can't be put into the database: {error}") from error
+
+
+def table_schema(file: Path) -> pa.Schema:
+    """Columns of the database: those of a file, its vectors of one length."""
+    with naming(file):
+        there = parquet.read_schema(file)
+        if "vector" not in there.names:
+            raise ValueError(f"it has no column 'vector', but {', '.join(there.names)}")
+        first = next(parquet.ParquetFile(file).iter_batches(1, columns=["vector"]), None)
+        if first is None:
+            raise ValueError("it has no rows")
+    fields = [pa.field("vector", pa.list_(pa.float32(), len(first["vector"][0])))]
+    fields += [there.field(name) for name in ("path", "label") if name in there.names]
+    return pa.schema(fields, metadata={FINGERPRINT: fingerprint_of(there)})
+
+
+def fingerprint_of(schema: pa.Schema) -> bytes:
+    """By which tower the vectors of a file or table were made."""
+    return (schema.metadata or {}).get(FINGERPRINT, UNKNOWN)
+
+
+def fill(database: Any, folder: Path, tower: VisionTower) -> Any:
     """The table of images, with the rows of all files *.parquet of a folder in it."""
     files = sorted(folder.glob("*.parquet"))
     if not files:
         raise FileNotFoundError(f"--parquet '{folder}' has no files *.parquet.")
     schema = table_schema(files[0])
-    table = database.create_table(TABLE, schema=schema, exist_ok=True)
-    if table.schema.metadata != schema.metadata:
-        raise ValueError(f"The database has embeddings of another tower than '{folder}'.")
-    there, before = table.count_rows(), 0
+    check_tower(schema, tower)
+    counts = []
     for file in files:
-        # A file is added whole or not at all, in the order of their names.
-        if before >= there:
-            if parquet.read_schema(file).metadata[FINGERPRINT] != schema.metadata[FINGERPRINT]:
-                raise ValueError(f"'{file}' was made by another tower than '{files[0]}'.")
-            rows = parquet.read_table(file, columns=schema.names)
-            table.add(rows.cast(schema))
-        before += parquet.read_metadata(file).num_rows
-    if table.count_rows() != before:
+        with naming(file):
+            counts.append(parquet.read_metadata(file).num_rows)
+            if fingerprint_of(parquet.read_schema(file)) != fingerprint_of(schema):
+                raise ValueError(f"another tower than that of '{files[0]}' made it")
+    table = database.create_table(TABLE, schema=schema, exist_ok=True)
+    check_tower(table.schema, tower)
+    # A file is added whole or not at all, in the order of their names.
+    ends, there = [0, *accumulate(counts)], table.count_rows()
+    if there not in ends:
         raise ValueError(
-            f"The database has {table.count_rows()} images, and not the {before} of '{folder}': "
-            "files were changed or removed since. Choose another --database."
+            f"The database has {there} images, which are not the first of the {ends[-1]} of "
+            f"'{folder}': files were changed or removed since. Choose another --database."
         )
+    for file in files[ends.index(there) :]:
+        with naming(file):
+            rows = parquet.read_table(file, columns=schema.names).cast(schema)
+        table.add(rows)
     table.optimize()  # thousands of additions make thousands of small files
     return table
 
 
-def table_schema(file: Path) -> pa.Schema:
-    """Columns of the database: those of a file, its vectors of one length."""
-    there = parquet.read_schema(file)
-    first = next(parquet.ParquetFile(file).iter_batches(1, columns=["vector"]))
-    vector = pa.list_(pa.float32(), len(first["vector"][0]))
-    fields = [pa.field("vector", vector)]
-    fields += [there.field(name) for name in ("path", "label") if name in there.names]
-    fingerprint = (there.metadata or {}).get(FINGERPRINT, b"unknown")
-    return pa.schema(fields, metadata={FINGERPRINT: fingerprint})
+def check_tower(schema: pa.Schema, tower: VisionTower) -> None:
+    """Raise a ValueError if another tower made the vectors."""
+    if fingerprint_of(schema) not in (UNKNOWN, tower.fingerprint().encode()):
+        raise ValueError("--model is another tower than that of the vectors, which don't compare.")
+
+
+def add_cells(table: Any, cells: int) -> None:
+    """Make an index of IVF and PQ, of a byte for about eight numbers."""
+    size = table.schema.field("vector").type.list_size
+    codes = next(count for count in range(max(1, size // 8), 0, -1) if size % count == 0)
+    config = IvfPq(distance_type="cosine", num_partitions=cells, num_sub_vectors=codes)
+    table.create_index("vector", config=config)
 
 
 def search(
@@ -94,8 +131,11 @@ def search(
     query = table.search(vector, vector_column_name="vector").distance_type("cosine").limit(k)
     query = query.nprobes(probes).refine_factor(10)  # these two only count with an index
     if label is not None:
+        if "label" not in table.schema.names:
+            raise ValueError("--label can't choose: the database has no column 'label'.")
         quoted = label.replace("'", "''")
-        query = query.where(f"label = '{quoted}'", prefilter=True)
+        # Numbers are compared as text.
+        query = query.where(f"cast(label as string) = '{quoted}'", prefilter=True)
     names = [name for name in table.schema.names if name != "vector"]
     rows = query.select([*names, "_distance"]).to_list()
     return [{"score": 1 - row.pop("_distance"), **row} for row in rows]
@@ -103,21 +143,19 @@ def search(
 
 def run(args: argparse.Namespace) -> None:
     """Fill the database if that is wanted, search it, and print what was found."""
-    database = lancedb.connect(args.database)
-    table = database.open_table(TABLE) if args.parquet is None else fill(database, args.parquet)
+    tower, database = load_tower(args.model), lancedb.connect(args.database)
+    if args.parquet is not None:
+        table = fill(database, args.parquet, tower)
+    elif TABLE in database.list_tables().tables:
+        table = database.open_table(TABLE)
+        check_tower(table.schema, tower)
+    else:
+        raise FileNotFoundError(f"--database '{args.database}' has no images: give --parquet too.")
     if args.cells:
-        size = table.schema.field("vector").type.list_size
-        config = IvfPq(
-            distance_type="cosine", num_partitions=args.cells, num_sub_vectors=max(1, size // 8)
-        )
-        table.create_index("vector", config=config)
-    tower = load_tower(args.model)
-    fingerprint = table.schema.metadata[FINGERPRINT].decode()
-    if fingerprint not in ("unknown", tower.fingerprint()):
-        raise ValueError(f"--model '{args.model}' is another tower than that of the database.")
+        add_cells(table, args.cells)
     (vector,) = embed_images(tower, [args.query]).numpy()
     for row in search(table, vector, args.k, label=args.label, probes=args.probes):
-        print(f"{row['score']:.3f}", row.get("path"), row.get("label") or "")
+        print(f"{row['score']:.3f}", row.get("path") or "", row.get("label", ""))
 
 
 def main(arguments: list[str] | None = None) -> int:

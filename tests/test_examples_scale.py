@@ -170,6 +170,28 @@ def test_tables_are_read_in_parts_that_row_groups_do_not_bound(
     files[0].write_bytes(structs[0]["bytes"])
 
 
+def test_tables_that_are_none(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    example = opened(EXAMPLES / "embed_with_ray.py")
+    (tmp_path / "empty").mkdir()
+    parquet.write_table(pa.table({"file": ["a"]}), tmp_path / "names.parquet")
+    parquet.write_table(pa.table({"path": pa.array([], pa.string())}), tmp_path / "none.parquet")
+    (tmp_path / "half.parquet").write_bytes(b"PAR1")
+    for name, options, error, message in (
+        ("missing", [], FileNotFoundError, "there is no such file"),
+        ("empty", [], ValueError, "empty' has no images"),
+        ("none.parquet", [], ValueError, "none.parquet' has no images"),
+        ("half.parquet", [], ValueError, "half.parquet' can't be read: "),
+        ("names.parquet", [], ValueError, r"--image 'path' is no column of .* has \['file'\]"),
+        ("names.parquet", ["--image", "file", "--label", "kind"], ValueError, "--label 'kind' is"),
+    ):
+        place = [str(tmp_path / name), "--output", str(tmp_path / "out")]
+        args = example.parse([*place, *options])
+        with pytest.raises(error, match=message):
+            example.shards_of(example.tables(args), args)
+    assert not (tmp_path / "out").exists()
+
+
 def test_lancedb_finds_what_the_exact_index_finds(
     photos: Path,
     tower: VisionTower,
@@ -195,7 +217,7 @@ def test_lancedb_finds_what_the_exact_index_finds(
     # One that was killed when it had put in the first file.
     last = file.rename(tmp_path / "last.parquet")
     database = lancedb.connect(tmp_path / "vectors")
-    assert example.fill(database, file.parent).count_rows() == 40
+    assert example.fill(database, file.parent, tower).count_rows() == 40
     last.rename(file)
     places = ["--database", str(tmp_path / "vectors"), "--model", str(model)]
     options = ["--parquet", str(file.parent), "--label", "ant's", "-k", "3"]
@@ -217,7 +239,48 @@ def test_lancedb_finds_what_the_exact_index_finds(
     other = tmp_path / "other"
     random_tower(seed=1).save_pretrained(other)
     assert example.main([str(files[0]), *places[:2], "--model", str(other)]) == 1
-    assert "is another tower than that of the database" in capsys.readouterr().err
+    assert "--model is another tower than that of the vectors" in capsys.readouterr().err
     file.unlink()
     assert example.main([str(files[0]), *places, *options[:2]]) == 1
-    assert "has 50 images, and not the 40 of" in capsys.readouterr().err
+    assert "has 50 images, which are not the first of the 40" in capsys.readouterr().err
+
+
+def test_lancedb_searches_by_cells_and_says_what_it_cannot_take(
+    tower: VisionTower, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lancedb = pytest.importorskip("lancedb")
+    example = opened(EXAMPLES / "search_with_lancedb.py")
+    vectors = np.random.default_rng(0).normal(size=(1100, tower.embedding_dim)).astype(np.float32)
+    folder = tmp_path / "vectors"
+    folder.mkdir()
+    # Of no tower that is known, and with numbers as labels.
+    columns = {"vector": [*vectors], "label": [row % 3 for row in range(1100)]}
+    parquet.write_table(pa.table(columns), folder / "0.parquet")
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
+    args = [str(tmp_path / "red.png"), "--model", str(model), "--database", str(tmp_path / "data")]
+    assert example.main(args) == 1
+    assert "has no images: give --parquet too" in capsys.readouterr().err
+    assert example.main([*args, "--parquet", str(folder), "--cells", "4", "--label", "0"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["0"] * 10
+
+    table = lancedb.connect(tmp_path / "data").open_table("images")
+    (config,) = table.list_indices()
+    assert config.index_type == "IvfPq"
+    exact = np.argsort(-vectors @ vectors[7] / np.linalg.norm(vectors, axis=1))[:3]
+    labels = [int(row) % 3 for row in exact]
+    assert [row["label"] for row in example.search(table, vectors[7], 3)] == labels
+    # Looking at the first cell alone finds less than all four have.
+    few = example.search(table, vectors[7], 1100, probes=1)
+    assert 0 < len(few) < 1100
+
+    wrong = tmp_path / "wrong"
+    wrong.mkdir()
+    for content, message in (
+        ({"number": [1]}, "it has no column 'vector', but number"),
+        ({"vector": pa.array([], pa.list_(pa.float32()))}, "it has no rows"),
+        ({"vector": [[1.0, 2.0], [1.0]]}, "ListType can only be casted to FixedSizeListType"),
+    ):
+        parquet.write_table(pa.table(content), wrong / "0.parquet")
+        assert example.main([*args[:3], "--database", str(wrong), "--parquet", str(wrong)]) == 1
+        assert f"0.parquet' can't be put into the database: {message}" in capsys.readouterr().err
