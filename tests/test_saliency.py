@@ -83,5 +83,5 @@ def test_the_images_shown_are_the_most_similar_of_each_confused_pair_of_classes(
         one, other = ("abcd".index(name) for name in pair.classes)
         between = scores[labels == one][:, labels == other]
         assert pair.score == pytest.approx(float(between.max()), abs=1e-6)
-        assert scores[pair.query, pair.found] == between.max()
-        assert (labels[pair.query], labels[pair.found]) == (one, other)
+        assert scores[pair.query, pair.neighbor] == between.max()
+        assert (labels[pair.query], labels[pair.neighbor]) == (one, other)

@@ -40,12 +40,12 @@ class CollapseMonitor(Callback):
         self.threshold = threshold
         self.every = every
         self.looks = 0
-        self.found: Counter[str] = Counter()
+        self.findings: Counter[str] = Counter()
 
     def on_fit_start(self, fit: FitState) -> None:
         """Start afresh, unless the fit resumes."""
         if fit.step == 0:
-            self.looks, self.found = 0, Counter()
+            self.looks, self.findings = 0, Counter()
 
     def on_step(self, fit: FitState) -> None:
         """Look at the batch."""
@@ -79,22 +79,22 @@ class CollapseMonitor(Callback):
 
     def on_fit_end(self, fit: FitState) -> None:
         """Say how often each finding was made."""
-        if self.found and fit.accelerator.is_main_process:
-            counts = ", ".join(f"{count} {what}" for what, count in self.found.items())
+        if self.findings and fit.accelerator.is_main_process:
+            counts = ", ".join(f"{count} {what}" for what, count in self.findings.items())
             warnings.warn(f"Of {self.looks} batches looked at: {counts}.", stacklevel=2)
 
     def _say(self, fit: FitState, what: str, message: str) -> None:
-        self.found[what] += 1
-        if self.found[what] == 1 and fit.accelerator.is_main_process:
+        self.findings[what] += 1
+        if self.findings[what] == 1 and fit.accelerator.is_main_process:
             warnings.warn(f"At step {fit.step}, {message}", stacklevel=2)
 
     def state_dict(self) -> dict[str, Any]:
         """What was found so far."""
-        return {"looks": self.looks, "found": dict(self.found)}
+        return {"looks": self.looks, "found": dict(self.findings)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what `state_dict` gave."""
-        self.looks, self.found = state["looks"], Counter(state["found"])
+        self.looks, self.findings = state["looks"], Counter(state["found"])
 
 
 def _different_mean(embeddings: Tensor, labels: Tensor) -> float:

@@ -46,12 +46,12 @@ class Tracker(Callback):
         if needs and folder is None:
             raise ValueError(f"`tracker` {tracker!r} writes files, so it needs a `folder`.")
         try:
-            found = filter_trackers([tracker], folder)
+            trackers = filter_trackers([tracker], folder)
         except ValueError as error:
             raise ValueError(f"`tracker` {tracker!r} can't be used: {error}") from error
-        if not found:
+        if not trackers:
             raise ValueError(f"`tracker` {tracker!r} is not installed. Install its package.")
-        self.chosen: Any = found[0]
+        self.chosen: Any = trackers[0]
         self.folder = folder
         self.run_name = run_name
         self.every = every

@@ -166,11 +166,11 @@ class Check:
         Raises:
             ValueError: If an image is no file, which a table of paths can't name.
         """
-        left = [place for place in range(len(self.items)) if place not in self.drop]
+        places = [place for place in range(len(self.items)) if place not in self.drop]
         file = io.StringIO()
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["image", "label", "split", "doubt"])
-        for place in left:
+        for place in places:
             item, doubt = self.items[place], self.suspicion[place]
             if item.path is None or not os.path.isfile(item.path):
                 raise ValueError(
@@ -180,4 +180,4 @@ class Check:
             row = [Path(item.path).resolve(), item.class_name, item.part]
             table.writerow([*row, "" if np.isnan(doubt) else f"{doubt:.3f}"])
         _files.write_text(Path(path), file.getvalue())
-        return len(left)
+        return len(places)

@@ -68,13 +68,13 @@ def check_collection(
     """
     if not parts:
         raise ValueError("`parts` must have at least one dataset, got none.")
-    opened = {part: LabelledImages(images) for part, images in parts.items()}
+    datasets = {part: LabelledImages(images) for part, images in parts.items()}
     items = [
         Item(part, index, images.source.known_path(index), _class_name(images, index))
-        for part, images in opened.items()
+        for part, images in datasets.items()
         for index in range(len(images))
     ]
-    check = Check(opened, items, suspicion=np.full(len(items), np.nan))
+    check = Check(datasets, items, suspicion=np.full(len(items), np.nan))
     small = _read(check, num_workers)
     readable = [place for place, item in enumerate(items) if item.problem is None]
     unreadable = [place for place, item in enumerate(items) if item.problem is not None]
@@ -99,7 +99,7 @@ def _class_name(images: LabelledImages, index: int) -> str:
     return str(label) if images.class_names is None else images.class_names[label]
 
 
-class _Seen(NamedTuple):
+class _Look(NamedTuple):
     """What is kept of an image."""
 
     size: tuple[int, int]
@@ -109,7 +109,7 @@ class _Seen(NamedTuple):
     small: npt.NDArray[np.float32]
 
 
-def _look(image: Image.Image, path: str | None) -> _Seen:
+def _look(image: Image.Image, path: str | None) -> _Look:
     mode, frames = image.mode, 1
     if path is not None and os.path.isfile(path):  # and not relative to a folder of the dataset
         with Image.open(path) as file:
@@ -119,18 +119,18 @@ def _look(image: Image.Image, path: str | None) -> _Seen:
     copy = image.resize((_SMALL, _SMALL), Image.Resampling.BOX)
     values = np.asarray(copy, dtype=np.float32)
     # Without its mean colour, an image of one colour is 0, and a recoloured copy the same.
-    return _Seen(image.size, mode, frames, pixels, (values - values.mean(axis=(0, 1))).ravel())
+    return _Look(image.size, mode, frames, pixels, (values - values.mean(axis=(0, 1))).ravel())
 
 
 def _read(check: Check, num_workers: int) -> npt.NDArray[np.float32]:
     """Fill in what is seen of each item; return small copies ``[N, 16 * 16 * 3]``."""
     small = np.zeros((len(check.items), _SMALL * _SMALL * 3), dtype=np.float32)
-    seen = (
+    answers = (
         each
         for images in check.parts.values()
         for each in look_at(images.source, _look, num_workers=num_workers)
     )
-    for place, (item, each) in enumerate(zip(check.items, seen, strict=True)):
+    for place, (item, each) in enumerate(zip(check.items, answers, strict=True)):
         if isinstance(each, Problem):
             item.problem = " ".join(each.reason.split())
         else:

@@ -17,7 +17,7 @@ from pairclip.datasets.source import Source
 
 _AT_ONCE = 32
 _NAMED = 3  # problems in a message
-Seen = TypeVar("Seen")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ def in_words(problems: Sequence[Problem]) -> str:
 
 
 def look_at(
-    source: Source, look: Callable[[Image.Image, str | None], Seen], *, num_workers: int = 0
-) -> Iterator[Seen | Problem]:
+    source: Source, look: Callable[[Image.Image, str | None], Result], *, num_workers: int = 0
+) -> Iterator[Result | Problem]:
     """Read every image of a source once.
 
     Args:
@@ -81,16 +81,16 @@ def _nothing(image: Image.Image, path: str | None) -> None:
     pass
 
 
-class _Attempts(Dataset["Seen | Problem"], Generic[Seen]):
+class _Attempts(Dataset["Result | Problem"], Generic[Result]):
     """What is seen of each image, or wrong with it."""
 
-    def __init__(self, source: Source, look: Callable[[Image.Image, str | None], Seen]) -> None:
+    def __init__(self, source: Source, look: Callable[[Image.Image, str | None], Result]) -> None:
         self.source, self.look = source, look
 
     def __len__(self) -> int:
         return len(self.source.labels)
 
-    def __getitem__(self, index: int) -> Seen | Problem:
+    def __getitem__(self, index: int) -> Result | Problem:
         path = self.source.known_path(index)
         try:
             image = self.source.read(index)

@@ -42,14 +42,14 @@ class FolderSource(Source):
         classes = [entry for entry in entries if entry.is_dir()]
         _check_classes(root, classes)
         files = {entry: image_files(entry) for entry in classes}
-        empty = [entry.name for entry, found in files.items() if not found]
+        empty = [entry.name for entry, paths in files.items() if not paths]
         beside = sum(entry.suffix.lower() in _IMAGES for entry in entries)
         if empty or beside:
             what = [f"{beside} images beside the class folders"] * bool(beside)
             what += [f"the folders {empty[:8]}, which have no images"] * bool(empty)
             warnings.warn(f"Left out of '{root}': {', and '.join(what)}.", stacklevel=2)
-        self._paths = [path for found in files.values() for path in found]
-        names = [entry.name for entry, found in files.items() for _ in found]
+        self._paths = [path for paths in files.values() for path in paths]
+        names = [entry.name for entry, paths in files.items() for _ in paths]
         super().__init__(folder, *ids_and_names(names, len(names)))
 
     @staticmethod

@@ -30,12 +30,12 @@ class ImageFolderSource(TorchvisionSource):
         )
         self.makes_images = self._reads
         if self._plain:
-            for index, ((_, label), told) in enumerate(
+            for index, ((_, label), target) in enumerate(
                 zip(dataset.samples, dataset.targets, strict=True)
             ):
-                if label != told:
+                if label != target:
                     raise LabelsDiffer(
-                        f"`targets` of {type(dataset).__name__} tells the label {told} of image "
+                        f"`targets` of {type(dataset).__name__} tells the label {target} of image "
                         f"{index}, but `samples`, which its items are of, has {label}. Change both."
                     )
         check_no_splits(Path(dataset.root), dataset.classes)
@@ -70,8 +70,8 @@ class ImageFolderSource(TorchvisionSource):
         self.system = system
         self.labels[system] = MISSING
         if self.class_names is not None:
-            kept = [id_ for id_, name in enumerate(self.class_names) if not is_of_system(name)]
+            classes = [id_ for id_, name in enumerate(self.class_names) if not is_of_system(name)]
             new = torch.full((len(self.class_names) + 1,), MISSING, device="cpu")
-            new[kept] = torch.arange(len(kept), device="cpu")
+            new[classes] = torch.arange(len(classes), device="cpu")
             self.labels = new[self.labels]
-            self.class_names = [self.class_names[id_] for id_ in kept]
+            self.class_names = [self.class_names[id_] for id_ in classes]

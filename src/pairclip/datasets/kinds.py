@@ -54,7 +54,7 @@ def source_of(dataset: Any) -> Source:
     return next(kind for kind in KINDS if kind.takes(dataset))(dataset)
 
 
-class Composed(Source):
+class Composite(Source):
     """Items of other sources; where each is, `place` says."""
 
     def place(self, index: int) -> tuple[Source, int]:
@@ -66,10 +66,10 @@ class Composed(Source):
         source, index = self.place(index)
         return source.image(index)
 
-    def decoded(self, index: int, say: Say, shorter_side: int | None) -> Image.Image:
+    def decode(self, index: int, say: Say, shorter_side: int | None) -> Image.Image:
         """That of the item, as its own source decodes it unless this one says how."""
         source, index = self.place(index)
-        return source.decoded(
+        return source.decode(
             index, say, self.shorter_side if shorter_side is None else shorter_side
         )
 
@@ -83,10 +83,10 @@ class Composed(Source):
         source, index = self.place(index)
         return source.path(index)
 
-    def held(self, index: int) -> Any:
+    def values(self, index: int) -> Any:
         """That of the item."""
         source, index = self.place(index)
-        return source.held(index)
+        return source.values(index)
 
     def identity(self, index: int) -> bytes | None:
         """That of the item."""
@@ -94,7 +94,7 @@ class Composed(Source):
         return source.identity(index)
 
 
-class View(Composed):
+class View(Composite):
     """Some items of another dataset, or all of them seen otherwise.
 
     Args:
@@ -150,7 +150,7 @@ def _refuse_pair(what: str) -> None:
     )
 
 
-class JoinedSource(Composed):
+class JoinedSource(Composite):
     """Datasets one after the other, their classes joined by name."""
 
     def __init__(self, dataset: ConcatDataset[Any]) -> None:

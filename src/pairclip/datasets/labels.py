@@ -109,9 +109,9 @@ def _plain(objects: npt.NDArray[Any]) -> npt.NDArray[Any]:
                 "choose one of them for each image."
             ) from None
         return _one_column(rows)
-    found = ", ".join(sorted(kind.__name__ for kind in kinds))
+    types = ", ".join(sorted(kind.__name__ for kind in kinds))
     raise TypeError(
-        f"`labels` must be all integers or all names, got {found}. Make names of all of them, for "
+        f"`labels` must be all integers or all names, got {types}. Make names of all of them, for "
         "instance by `[str(label) for label in labels]`."
     )
 

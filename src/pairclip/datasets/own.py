@@ -25,8 +25,8 @@ class OwnSource(Source):
 
     def __init__(self, dataset: Any) -> None:
         _check_kind(dataset)
-        self._told = self.told_labels(dataset)
-        ids, names = ids_and_names(self._told, len(dataset))
+        self._targets = self.told_labels(dataset)
+        ids, names = ids_and_names(self._targets, len(dataset))
         given = getattr(dataset, "classes", None)
         if names is None and isinstance(given, (list, tuple)) and not target_transform(dataset):
             if bool(((ids >= MISSING) & (ids < len(given))).all()):
@@ -61,12 +61,13 @@ class OwnSource(Source):
     def image(self, index: int) -> Any:
         """The image of the item, whose label must be the one that was told."""
         image, label = _item(self.dataset, index)
-        told = self._told.iloc[index] if hasattr(self._told, "iloc") else self._told[index]
-        if not _same(label, told):
+        targets = self._targets
+        target = targets.iloc[index] if hasattr(targets, "iloc") else targets[index]
+        if not _same(label, target):
             raise LabelsDiffer(
-                f"{type(self.dataset).__name__} tells the label {_plain(told)!r} of image {index}, "
-                f"but its item has {_plain(label)!r}. Give it an attribute `targets` with the "
-                "labels of its items."
+                f"{type(self.dataset).__name__} tells the label {_plain(target)!r} of image "
+                f"{index}, but its item has {_plain(label)!r}. Give it an attribute `targets` with "
+                "the labels of its items."
             )
         return image
 
@@ -84,7 +85,7 @@ class OwnSource(Source):
                     return str(entry)
         return None
 
-    def held(self, index: int) -> Any:
+    def values(self, index: int) -> Any:
         """Its values in `TensorDataset.tensors`, or in `data` as torchvision's datasets have it."""
         images: Any = getattr(self.dataset, "data", None)
         if isinstance(self.dataset, TensorDataset):
@@ -122,11 +123,11 @@ def _plain(label: Any) -> Any:
     return label
 
 
-def _same(label: Any, told: Any) -> bool:
-    if label is told:
+def _same(label: Any, target: Any) -> bool:
+    if label is target:
         return True
-    label, told = _plain(label), _plain(told)
-    return bool(label == told) or (label != label and told != told)
+    label, target = _plain(label), _plain(target)
+    return bool(label == target) or (label != label and target != target)
 
 
 def _check_kind(dataset: Any) -> None:

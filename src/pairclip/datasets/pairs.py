@@ -34,7 +34,7 @@ class PairSource(Source):
         image = self.image(index)
         return str(image) if isinstance(image, (str, os.PathLike)) else None
 
-    def held(self, index: int) -> Any:
+    def values(self, index: int) -> Any:
         """Its values, unless images are made when they are asked for."""
         images = self.dataset[0]
         return images[index] if isinstance(images, (list, np.ndarray, Tensor)) else None

@@ -70,7 +70,7 @@ class Source:
             ValueError: If it can't be read for another reason. The message names it.
         """
         try:
-            return self.decoded(
+            return self.decode(
                 index,
                 lambda kind, words: self._notices.say(kind, f"{self.name(index)}: {words}"),
                 self.shorter_side,
@@ -83,7 +83,7 @@ class Source:
             reason = str(error) or type(error).__name__
             raise kind(f"{self.name(index)} can't be read: {reason}") from error
 
-    def decoded(self, index: int, say: Say, shorter_side: int | None) -> Image.Image:
+    def decode(self, index: int, say: Say, shorter_side: int | None) -> Image.Image:
         """The image, decoded at `shorter_side`, or at its own where that is None."""
         return as_rgb(
             self.image(index),
@@ -117,7 +117,7 @@ class Source:
         values: Sequence[Any] | None = read(name) if callable(read) else None
         return values
 
-    def held(self, index: int) -> Any:
+    def values(self, index: int) -> Any:
         """The image as it lies in memory, before any transform, or None where it doesn't."""
         return None
 
@@ -127,7 +127,7 @@ class Source:
         if path is not None and os.path.isfile(path):
             status = os.stat(path)
             return f"{os.path.abspath(path)} {status.st_size} {status.st_mtime_ns}\n".encode()
-        image = self.held(index)
+        image = self.values(index)
         if not isinstance(image, (np.ndarray, Tensor, Image.Image)):
             return None
         values = image if isinstance(image, Tensor) else torch.from_numpy(np.array(image))

@@ -73,7 +73,7 @@ class StreamBatch(NamedTuple):
     share: slice  # those that are decoded; of the others one may take the place of another
 
 
-class Decoded(NamedTuple):
+class PixelBatch(NamedTuple):
     """What a batch became."""
 
     pixel_values: Tensor
@@ -100,7 +100,7 @@ class Decoder(Dataset[Any]):
         self.notices = notices
         self.skips = skips
 
-    def __getitems__(self, batch: StreamBatch) -> Decoded:
+    def __getitems__(self, batch: StreamBatch) -> PixelBatch:
         """The batch (a `DataLoader` asks for its items at once)."""
         preprocess: Any = self.preprocess
         items, unreadable = batch.items[batch.share], dict[Problem, None]()
@@ -114,7 +114,7 @@ class Decoder(Dataset[Any]):
                     seed_all(Stream.ITEM, self.seed, batch.place.epoch, item.position)
                     values.append(preprocess(image))
         labels = torch.tensor([item.label for item in items], device="cpu")
-        return Decoded(torch.stack(values), labels, batch.place, [*unreadable])
+        return PixelBatch(torch.stack(values), labels, batch.place, [*unreadable])
 
     def _read(
         self, item: StreamItem, batch: list[StreamItem], unreadable: dict[Problem, None]

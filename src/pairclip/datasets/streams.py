@@ -14,8 +14,8 @@ from pairclip.datasets.checking import Problem
 from pairclip.datasets.loading import HostLoader
 from pairclip.datasets.notices import Notices
 from pairclip.datasets.stream_items import (
-    Decoded,
     Decoder,
+    PixelBatch,
     StreamBatch,
     StreamItem,
     StreamPlace,
@@ -158,12 +158,12 @@ class StreamBatches:
         epoch, first, _ = self._next
         self._next = StreamPlace(epoch + 1, 0, None)
         drawn = (batch for batch in self._epoch(epoch) if batch.place.batch > first)
-        for batch in self._decoded(drawn, num_workers=num_workers):
+        for batch in self._decode(drawn, num_workers=num_workers):
             yield batch.pixel_values, batch.labels
 
     def run(
         self, start: StreamPlace, num_batches: int, share: slice, **loading: Any
-    ) -> Iterator[Decoded]:
+    ) -> Iterator[PixelBatch]:
         """A process's slices of so many batches, over epochs, each with the place after it.
 
         Args:
@@ -177,9 +177,9 @@ class StreamBatches:
                 beginning, it gives other items than before, or an epoch has no batch.
         """
         self._check_can_start(start)
-        yield from self._decoded(self._from(start, num_batches, share), **loading)
+        yield from self._decode(self._from(start, num_batches, share), **loading)
 
-    def _decoded(self, drawn: Iterator[StreamBatch], **loading: Any) -> Iterator[Decoded]:
+    def _decode(self, drawn: Iterator[StreamBatch], **loading: Any) -> Iterator[PixelBatch]:
         loader = HostLoader(
             Decoder(self.preprocess, self.seed, self._notices, skips=self._skips),
             batch_sampler=drawn,

@@ -88,16 +88,16 @@ def evaluate(
             embed(data), data.labels, class_names=data.class_names, exclude=values
         )
     else:
-        searched = LabelledImages(gallery)
-        unreadable += searched.unreadable
-        query_labels, labels, class_names = joined_labels(data, searched)
+        images = LabelledImages(gallery)
+        unreadable += images.unreadable
+        query_labels, labels, class_names = joined_labels(data, images)
         of_queries = of_gallery = None
         if exclude is not None:
             both = (exclude, exclude) if isinstance(exclude, str) else _pair(exclude)
             of_queries = column_of("exclude", both[0], data, "queries")
-            of_gallery = column_of("exclude", both[1], searched, "gallery")
+            of_gallery = column_of("exclude", both[1], images, "gallery")
         evaluation = evaluate_embeddings(
-            embed(searched),
+            embed(images),
             labels,
             queries=embed(data),
             query_labels=query_labels,

@@ -31,14 +31,14 @@ class Hit(NamedTuple):
         return "✓" if self.is_right else "✗"
 
 
-class Shown(NamedTuple):
+class EvaluationImages(NamedTuple):
     """The images of an evaluation: those that are queries, and those that are searched."""
 
     queries: LabelledImages
-    searched: LabelledImages
+    gallery: LabelledImages
 
 
-def images_of(evaluation: Evaluation, dataset: Any, gallery: Any = None) -> Shown:
+def images_of(evaluation: Evaluation, dataset: Any, gallery: Any = None) -> EvaluationImages:
     """Open the datasets of an evaluation, or raise if they can't be those."""
     if (gallery is None) != (evaluation.gallery_labels is None):
         has = "no gallery" if gallery is None else "a gallery"
@@ -47,8 +47,8 @@ def images_of(evaluation: Evaluation, dataset: Any, gallery: Any = None) -> Show
         )
     queries = _opened("dataset", dataset, evaluation.labels)
     if evaluation.gallery_labels is None:
-        return Shown(queries, queries)
-    return Shown(queries, _opened("gallery", gallery, evaluation.gallery_labels))
+        return EvaluationImages(queries, queries)
+    return EvaluationImages(queries, _opened("gallery", gallery, evaluation.gallery_labels))
 
 
 def _opened(name: str, dataset: Any, labels: npt.NDArray[np.int64]) -> LabelledImages:
@@ -96,14 +96,14 @@ def _searched(evaluation: Evaluation) -> npt.NDArray[np.int64]:
 def hits(evaluation: Evaluation, row: int, k: int) -> list[Hit]:
     """The k nearest images of the query in a row of `Evaluation.queries`, as far as there are k."""
     own, classes = evaluation.labels[evaluation.queries[row]], _searched(evaluation)
-    found = zip(
+    neighbors = zip(
         evaluation.neighbors[row, :k].tolist(),
         evaluation.neighbor_scores[row, :k].tolist(),
         strict=True,
     )
     return [
         Hit(image, evaluation.class_names[classes[image]], score, bool(classes[image] == own))
-        for image, score in found
+        for image, score in neighbors
     ]
 
 
@@ -116,7 +116,7 @@ class Alike(NamedTuple):
     """Two images of different classes that are more similar than others of these classes."""
 
     query: int
-    found: int
+    neighbor: int
     classes: tuple[str, str]
     score: float
 
@@ -124,16 +124,16 @@ class Alike(NamedTuple):
 def alike(evaluation: Evaluation, count: int) -> list[Alike]:
     """The most similar images of the most confused classes, as far as one found the other."""
     own = evaluation.labels[evaluation.queries][:, None]
-    found = _searched(evaluation)[evaluation.neighbors]
+    theirs = _searched(evaluation)[evaluation.neighbors]
     pairs: list[Alike] = []
     for classes in (each[:2] for each in evaluation.confused_classes):
         one, other = (evaluation.class_names.index(name) for name in classes)
-        between = ((own == one) & (found == other)) | ((own == other) & (found == one))
+        between = ((own == one) & (theirs == other)) | ((own == other) & (theirs == one))
         if not between.any() or len(pairs) == count:
             continue
         scores = np.where(between, evaluation.neighbor_scores, -np.inf)
         row, column = np.unravel_index(scores.argmax(), scores.shape)
-        names = (int(own[row, 0]), int(found[row, column]))
+        names = (int(own[row, 0]), int(theirs[row, column]))
         pairs.append(
             Alike(
                 int(evaluation.queries[row]),
@@ -147,10 +147,10 @@ def alike(evaluation: Evaluation, count: int) -> list[Alike]:
 
 def classes_in_turn(classes: npt.NDArray[np.int64], places: Sequence[int]) -> list[int]:
     """The places, in their order within a class, but with the classes taking turns."""
-    seen: dict[int, int] = {}
+    turn_of: dict[int, int] = {}
     turns = []
     for place in places:
-        turn = seen[int(classes[place])] = seen.get(int(classes[place]), -1) + 1
+        turn = turn_of[int(classes[place])] = turn_of.get(int(classes[place]), -1) + 1
         turns.append(turn)
     return [places[i] for i in np.argsort(turns, kind="stable")]
 

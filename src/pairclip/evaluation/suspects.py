@@ -101,11 +101,11 @@ def near_duplicates(
     if len(rows) < 2:
         return []
     scores, others = nearest_neighbors(rows, k=min(k, len(rows) - 1))
-    found = {}
+    pairs = {}
     for row, column in (scores >= min_score).nonzero().tolist():
         pair = tuple(sorted((row, int(others[row, column]))))
-        found[pair] = min(float(scores[row, column]), 1.0)
-    ranked = sorted(found.items(), key=lambda item: (-item[1], item[0]))
+        pairs[pair] = min(float(scores[row, column]), 1.0)
+    ranked = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))
     return [(first, second, score) for (first, second), score in ranked]
 
 

@@ -110,18 +110,18 @@ def cache_features(
     key, of_all = _keys(trunk, pixels, dtype)
     path = folder / f"features-{key[:32]}.safetensors"
     together = Together("`cache_features`")
-    found, trouble = _found(path, key)
-    said = together.gather((found is not None, of_all, batch_size))
-    for other, (_, *its_own) in enumerate(said):
-        if its_own != [*said[0][1:]]:
+    features, trouble = _from_file(path, key)
+    statements = together.gather((features is not None, of_all, batch_size))
+    for other, (_, *its_own) in enumerate(statements):
+        if its_own != [*statements[0][1:]]:
             raise ValueError(
                 "`trunk`, the labels of `dataset`, `dtype` and `batch_size` must be the same on "
                 f"all processes, and process {other} has others than process 0."
             )
-    if found is not None and all(is_found for is_found, *_ in said):
+    if features is not None and all(has_file for has_file, *_ in statements):
         if together.process == 0:
-            print(f"Found the features of these {len(found)} images in '{path}'.")
-        return found
+            print(f"Found the features of these {len(features)} images in '{path}'.")
+        return features
     if trouble is not None:
         warnings.warn(f"{trouble} The features are computed again.", stacklevel=2)
     metadata = {"format": FORMATS[1], "key": key, "class_names": json.dumps(data.class_names)}
@@ -144,19 +144,19 @@ def cache_features(
     return CachedFeatures(path)
 
 
-def _found(path: Path, key: str) -> tuple[CachedFeatures | None, ValueError | None]:
+def _from_file(path: Path, key: str) -> tuple[CachedFeatures | None, ValueError | None]:
     """The features that are there already, or what is wrong with them."""
     if not path.exists():
         return None, None
     try:
-        found = CachedFeatures(path)
-        if found.metadata["key"] != key:
+        features = CachedFeatures(path)
+        if features.metadata["key"] != key:
             raise ValueError(f"'{path}' has the features of other data.")
-        for index in range(len(found)):
-            _ = found[index]
+        for index in range(len(features)):
+            _ = features[index]
     except ValueError as error:
         return None, error
-    return found, None
+    return features, None
 
 
 def _of_all(

@@ -293,7 +293,7 @@ class Finetuner:
                 plan.checkpoint_dir, every, keep_checkpoints, trainer, fit, feed, self.callbacks
             )
         with saver or nullcontext():
-            checkpoint = None if saver is None else saver.newest(wanted=resume)
+            checkpoint = None if saver is None else saver.newest(resume=resume)
             rows = feed.targets
             if rows is None and feed.images is not None and getattr(self.loss, "preserves", False):
                 folder = None if checkpoint is None else plan.checkpoint_dir

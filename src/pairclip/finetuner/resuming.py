@@ -70,16 +70,16 @@ class Saver:
     def __exit__(self, *_: object) -> None:
         self._lock.close()
 
-    def newest(self, *, wanted: bool) -> Checkpoint | None:
+    def newest(self, *, resume: bool) -> Checkpoint | None:
         """The newest whole checkpoint, on every process.
 
         Raises:
-            ValueError: If there are checkpoints and none is `wanted`.
+            ValueError: If there are checkpoints and `resume` is not set.
         """
         if self.trainer.accelerator.is_main_process:
             remove_leftovers(self.directory)
         checkpoint = self._newest()
-        if checkpoint is not None and not wanted:
+        if checkpoint is not None and not resume:
             raise ValueError(
                 f"`checkpoint_dir` '{self.directory}' has checkpoints up to step "
                 f"{checkpoint.step} already. Continue from them with resume=True, or choose "

@@ -87,7 +87,7 @@ def plot_retrieval(
         for column, hit in enumerate(hits(evaluation, row, k), 1):
             caption = f"{hit.mark} {shortened(hit.class_name, 11)}  {hit.score:.2f}"
             color = _RIGHT if hit.is_right else _WRONG
-            _draw(place(column), images.searched[hit.image][0], caption, color)
+            _draw(place(column), images.gallery[hit.image][0], caption, color)
     if title:
         figure.text(0.5, 1 - 0.1 / height, title, ha="center", va="top", size=11, parse_math=False)
     return saved(figure, path)

@@ -183,9 +183,9 @@ def _recipes(recipes: Sequence[Recipe]) -> list[Recipe]:
 
 def _check_told_apart(recipes: Sequence[Recipe]) -> None:
     """Raise if one recipe would be given the trials of another that are kept."""
-    seen: dict[str, Recipe] = {}
+    by_settings: dict[str, Recipe] = {}
     for recipe in recipes:
-        other = seen.setdefault(settings_of(recipe), recipe)
+        other = by_settings.setdefault(settings_of(recipe), recipe)
         if other.loss is not recipe.loss:
             raise ValueError(
                 f"`recipes` {other.name!r} and {recipe.name!r} have losses that can't be told "
@@ -246,7 +246,7 @@ def _result(
 def _by_image(images: Sequence[Any], scores: Sequence[FloatArray]) -> FloatArray:
     """Mean score of each image over the folds in which it was searched."""
     of_image, values = np.concatenate(images), np.concatenate(scores)
-    searched = ~np.isnan(values)
-    _, places = np.unique(of_image[searched], return_inverse=True)
-    means: FloatArray = np.bincount(places, values[searched]) / np.bincount(places)
+    is_query = ~np.isnan(values)
+    _, places = np.unique(of_image[is_query], return_inverse=True)
+    means: FloatArray = np.bincount(places, values[is_query]) / np.bincount(places)
     return means

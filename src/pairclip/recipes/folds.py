@@ -79,8 +79,8 @@ def _fold(images: dict[int, IntArray], left: set[int], fold: int, most: int) -> 
         if of_class in left:
             parts[2].append(own[:most])
             continue
-        held = min(max(2, round(_SHARE * len(own))), most) if len(own) >= 4 else 0
-        own = np.roll(own, -fold * held)
-        parts[0].append(own[held:])
-        parts[1].append(own[:held])
+        count = min(max(2, round(_SHARE * len(own))), most) if len(own) >= 4 else 0
+        own = np.roll(own, -fold * count)
+        parts[0].append(own[count:])
+        parts[1].append(own[:count])
     return Fold(*(np.sort(np.concatenate([*part, np.zeros(0, np.int64)])) for part in parts))

@@ -72,15 +72,15 @@ def imprint(
     owner, weight, is_column = _weight_of(loss)
     images = LabelledImages(dataset)
     labels = images.labels
-    embedded = embed(tower, images, batch_size=batch_size, num_workers=num_workers)
-    embedded, labels = embedded[labels >= 0], labels[labels >= 0]
+    embeddings = embed(tower, images, batch_size=batch_size, num_workers=num_workers)
+    embeddings, labels = embeddings[labels >= 0], labels[labels >= 0]
     proxies = weight.data.T if is_column else weight.data
     num_proxies, width = proxies.shape
-    if width != embedded.shape[1]:
+    if width != embeddings.shape[1]:
         raise ValueError(
             f"`loss` has proxies of size {width}, but `tower` makes embeddings of size "
-            f"{embedded.shape[1]}. Make {type(owner).__name__} with embedding_size="
-            f"{embedded.shape[1]}."
+            f"{embeddings.shape[1]}. Make {type(owner).__name__} with embedding_size="
+            f"{embeddings.shape[1]}."
         )
     # Those of a class follow each other.
     centres = int(getattr(owner, "centers_per_class", getattr(owner, "sub_centers", 1)))
@@ -90,7 +90,7 @@ def imprint(
             f"`dataset` has the class id {int(labels.max())}, but `loss` has proxies for "
             f"{num_classes} classes, ids 0 to {num_classes - 1}."
         )
-    means, is_there = _directions(embedded, labels, num_classes, centres, seed)
+    means, is_there = _directions(embeddings, labels, num_classes, centres, seed)
     missing = num_classes - int(is_there.view(num_classes, centres)[:, 0].sum())
     if missing:
         warnings.warn(
@@ -108,28 +108,28 @@ def imprint(
 def _weight_of(loss: nn.Module) -> tuple[nn.Module, nn.Parameter, bool]:
     """The module with the proxies, these, and whether each is a column."""
     modules = loss.modules() if isinstance(loss, nn.Module) else []
-    found = [
+    weights = [
         (module, weight, is_column)
         for module in modules
         for name, is_column in _IS_COLUMN.items()
         if isinstance(weight := module._parameters.get(name), nn.Parameter) and weight.ndim == 2
     ]
-    if len(found) != 1:
-        several = f"{len(found)} of them" if found else "none"
+    if len(weights) != 1:
+        several = f"{len(weights)} of them" if weights else "none"
         raise TypeError(
             "`loss` must hold one loss with proxies, a parameter `W`, `fc` or `proxies` as "
             f"pytorch-metric-learning calls them, got {several} in {type(loss).__name__}."
         )
-    return found[0]
+    return weights[0]
 
 
 def _directions(
-    embedded: Tensor, labels: Tensor, num_classes: int, centres: int, seed: int
+    embeddings: Tensor, labels: Tensor, num_classes: int, centres: int, seed: int
 ) -> tuple[Tensor, Tensor]:
     """Unit mean of each proxy's images, ``[C * K, D]``, and whether it has any, ``[C * K]``."""
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(labels), generator=generator, device="cpu")
-    rows = unit_rows(embedded)[shuffled[labels[shuffled].argsort(stable=True)]].double()
+    rows = unit_rows(embeddings)[shuffled[labels[shuffled].argsort(stable=True)]].double()
     counts = labels.bincount(minlength=num_classes)
     sums = rows.new_zeros(num_classes, centres, rows.shape[1])
     for of_class, own in zip(sums, rows.split(counts.tolist()), strict=True):

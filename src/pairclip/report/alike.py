@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from pairclip.evaluation import Evaluation
-from pairclip.evaluation.showing import Alike, Shown, alike
+from pairclip.evaluation.showing import Alike, EvaluationImages, alike
 from pairclip.report.html import Html, element, section
 from pairclip.report.thumbnails import picture
 from pairclip.saliency import PairSaliency, occlusion_saliency
@@ -25,7 +25,9 @@ _WORDS = (
 )
 
 
-def alike_images(evaluation: Evaluation, images: Shown, tower: VisionTower) -> Html | None:
+def alike_images(
+    evaluation: Evaluation, images: EvaluationImages, tower: VisionTower
+) -> Html | None:
     """A section with the most confusing images and the parts that confuse."""
     pairs = alike(evaluation, _PAIRS)
     if not pairs:
@@ -34,8 +36,8 @@ def alike_images(evaluation: Evaluation, images: Shown, tower: VisionTower) -> H
     return section("What makes classes alike", element("ul", *items, class_="alike"), intro=_WORDS)
 
 
-def _pair(pair: Alike, images: Shown, tower: VisionTower) -> Html:
-    query, neighbor = images.queries[pair.query][0], images.searched[pair.found][0]
+def _pair(pair: Alike, images: EvaluationImages, tower: VisionTower) -> Html:
+    query, neighbor = images.queries[pair.query][0], images.gallery[pair.neighbor][0]
     of_query = occlusion_saliency(tower, query, neighbor)
     of_neighbor = occlusion_saliency(tower, neighbor, query)
     one, other = pair.classes
@@ -43,7 +45,7 @@ def _pair(pair: Alike, images: Shown, tower: VisionTower) -> Html:
         "li",
         element("p", f"{one} and {other}: similarity {of_query.similarity:.2f}", class_="when"),
         _image(query, f"{one}, image {pair.query}", of_query),
-        _image(neighbor, f"{other}, image {pair.found}", of_neighbor),
+        _image(neighbor, f"{other}, image {pair.neighbor}", of_neighbor),
     )
 
 

@@ -9,8 +9,8 @@ import numpy.typing as npt
 
 from pairclip.evaluation import Evaluation
 from pairclip.evaluation.showing import (
+    EvaluationImages,
     Hit,
-    Shown,
     class_name,
     classes_in_turn,
     hits,
@@ -32,7 +32,7 @@ class _Kind(NamedTuple):
     order: str
 
 
-def query_gallery(evaluations: dict[str, Evaluation], images: Shown) -> Html:
+def query_gallery(evaluations: dict[str, Evaluation], images: EvaluationImages) -> Html:
     """Some queries of each kind with their nearest images; each image is stored once."""
     after = list(evaluations.values())[-1]
     kinds = _kinds(list(evaluations.values()))
@@ -113,7 +113,7 @@ def _case(
     kind: _Kind,
     row: int,
     evaluations: dict[str, Evaluation],
-    images: Shown,
+    images: EvaluationImages,
     thumbnails: Thumbnails,
 ) -> Html:
     some = next(iter(evaluations.values()))
@@ -139,11 +139,11 @@ def _case(
     )
 
 
-def _hit(hit: Hit, images: Shown, thumbnails: Thumbnails) -> Html:
+def _hit(hit: Hit, images: EvaluationImages, thumbnails: Thumbnails) -> Html:
     word = "right" if hit.is_right else "wrong"
-    picture = images.searched[hit.image][0]
+    picture = images.gallery[hit.image][0]
     # Images of a gallery are numbered behind the queries.
-    number = hit.image + (0 if images.searched is images.queries else len(images.queries))
+    number = hit.image + (0 if images.gallery is images.queries else len(images.queries))
     return element(
         "figure",
         thumbnails.show(number, picture, f"{word}: {hit.class_name}, image {hit.image}"),
