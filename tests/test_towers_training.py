@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from pairclip import AllPairsCosineLoss, VisionTower, embed_images, evaluate, load_tower
-from pairclip.towers import interpolate, layer_decay, tower_of
+from pairclip.towers import interpolate, layer_decay, random_tower, tower_of
 
 SIZES = {
     "hidden_size": 32,
@@ -728,9 +728,21 @@ def test_towers_that_cannot_be_blended() -> None:
         interpolate(tower, other, 0.5)
     with pytest.raises(TypeError, match="`tower` must be a VisionTower, got Linear"):
         interpolate(tower, nn.Linear(2, 2), 0.5)
-    for part in tower.split(1):
-        with pytest.raises(ValueError, match="Parts of a split tower can't be blended"):
-            interpolate(part, part, 0.5)
+    trunk, head = tower.split(1)
+    for one, other in ((trunk, trunk), (head, tower), (trunk, head)):
+        with pytest.raises(ValueError, match="A trunk can't be blended, nor a head with a tower"):
+            interpolate(one, other, 0.5)
+
+
+def test_the_blend_of_heads_is_the_head_of_the_blend() -> None:
+    towers = random_tower(depth=2), random_tower(depth=2, seed=1)
+    (trunk, head), (_, other) = (tower.split(1) for tower in towers)
+    features = trunk(torch.rand(2, 3, 16, 16))
+    blend = interpolate(head, other, 0.25)
+    whole = interpolate(*towers, 0.25)
+    expected = whole.split(1)[1]
+    assert blend(features).equal(expected(features))
+    assert blend.fingerprint() == expected.fingerprint()
 
 
 def test_a_blend_has_hooks_of_its_own() -> None:

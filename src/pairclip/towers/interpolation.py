@@ -29,7 +29,7 @@ def interpolate(base: VisionTower, tuned: VisionTower, alpha: float) -> VisionTo
 
     Raises:
         ValueError: If `alpha` is out of range, the towers are of different architectures or
-            preprocess images differently, or one is a part of a split tower.
+            preprocess images differently, or one is a trunk, or a head and the other is none.
 
     Example:
         >>> import copy
@@ -48,8 +48,12 @@ def interpolate(base: VisionTower, tuned: VisionTower, alpha: float) -> VisionTo
     """
     _checks.check_in("[0, 1]", "alpha", alpha)
     base, tuned = tower_of(base), tower_of(tuned)
+    if isinstance(base, Head) and isinstance(tuned, Head):
+        # Of the towers that they are of, so that the blend is a part of one, too.
+        blend = interpolate(base._whole[0], tuned._whole[0], alpha)
+        return blend.split(len(base.blocks))[1]
     if isinstance(base, (Head, Trunk)) or isinstance(tuned, (Head, Trunk)):
-        raise ValueError("Parts of a split tower can't be blended. Blend the towers themselves.")
+        raise ValueError("A trunk can't be blended, nor a head with a tower. Blend whole towers.")
     own, other = base._merged_weights(), tuned._merged_weights()
     _check_same_architecture(own, other)
     if base.settings() != tuned.settings():
