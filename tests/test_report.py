@@ -358,3 +358,18 @@ def test_a_search_is_a_page(tmp_path: Path) -> None:
     assert {(each["width"], each["height"]) for each in page.all("img")} == {("192", "96")}
     assert "0.875" in page.text()
     assert len(page.all("script")) == 1
+
+
+def test_a_picture_is_what_a_person_sees(tmp_path: Path) -> None:
+    clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (8, 4)).save(tmp_path / "turned.jpg", exif=exif)
+    turned = Image.open(tmp_path / "turned.jpg")
+    page = Page(write_search_report(tmp_path, clear, [(turned, "turned", 0.5)]))
+    white, upright = (
+        Image.open(io.BytesIO(base64.b64decode(each["src"].partition(",")[2])))
+        for each in page.all("img")
+    )
+    assert white.getextrema() == ((255, 255),) * 3
+    assert upright.size == (4, 8)

@@ -64,7 +64,7 @@ def _image(image: Image.Image, caption: str, saliency: PairSaliency) -> Html:
 def _enlarged(image: Image.Image) -> Image.Image:
     factor = max(1, -(-_SIDE // max(image.size)))
     size = (image.width * factor, image.height * factor)
-    return image.convert("RGB").resize(size, Image.Resampling.NEAREST)
+    return image.resize(size, Image.Resampling.NEAREST)
 
 
 def highlighted(image: Image.Image, falls: np.ndarray) -> Image.Image:

@@ -7,12 +7,13 @@ import io
 
 from PIL import Image
 
+from pairclip.datasets import as_rgb
 from pairclip.report.html import Html, element
 
 
 def data_uri(image: Image.Image, side: int) -> tuple[str, int, int]:
     """A small copy of an image as a data URI, with its width and height, at most `side`."""
-    small = image.convert("RGB")
+    small = as_rgb(image)
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     files = {kind: io.BytesIO() for kind in ("jpeg", "png")}
     for kind, file in files.items():

@@ -96,7 +96,7 @@ class Body(nn.Module):
         return {name: of[parameter] for name, parameter in self.named_parameters()}
 
     def _no_decay(self) -> set[str]:
-        """Parameters to which their library gives no weight decay, tables of positions say."""
+        """Parameters to which their library gives no weight decay, such as position embeddings."""
         return {
             f"model.{path}.{name}".replace("..", ".")
             for path, part in self._bare().named_modules()

@@ -15,7 +15,7 @@ class ContrastiveTower(TransformersTower):
 
     whole_class: ClassVar[Any]
     saves_whole = False
-    parts = ("vision_model.", "visual_projection.")
+    weight_prefixes = ("vision_model.", "visual_projection.")
     deciding = ("hidden_act", "layer_norm_eps", "num_attention_heads", "patch_size", "image_size")
 
     @classmethod

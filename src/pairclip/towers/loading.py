@@ -35,7 +35,7 @@ from pairclip.towers.timm_tower import TimmTower
 from pairclip.towers.transformers_tower import TransformersTower, check_takes_images, quiet
 from pairclip.towers.vision_tower import VisionTower
 
-# Of the models of transformers, those that say more than their class does.
+# Models of transformers of which more is known than their class says.
 _FAMILIES: tuple[type[TransformersTower], ...] = (CLIPTower, SiglipTower)
 
 
@@ -164,8 +164,8 @@ def _kind_of(source: nn.Module, processor: Any) -> Any:
 
 
 def _family(model_type: str) -> type[TransformersTower]:
-    own = [family for family in _FAMILIES if model_type in family.model_types]
-    return own[0] if own else TransformersTower
+    families = (family for family in _FAMILIES if model_type in family.model_types)
+    return next(families, TransformersTower)
 
 
 def _check_config(path: Path, image_size: int | None = None) -> tuple[str, ...]:
@@ -186,7 +186,7 @@ def _check_config(path: Path, image_size: int | None = None) -> tuple[str, ...]:
     patch_size = config.get("vision_config", config).get("patch_size")
     if image_size is not None and isinstance(patch_size, int):
         resizing.check_image_size(image_size, patch_size)
-    return _family(str(model_type)).parts if "vision_config" in config else ()
+    return _family(str(model_type)).weight_prefixes if "vision_config" in config else ()
 
 
 def _model_class(config: dict[str, Any]) -> Any:

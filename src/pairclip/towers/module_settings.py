@@ -9,7 +9,7 @@ from torch import nn
 
 _PLAIN = (bool, int, float, str, type(None))
 # How a result is computed, not what it is.
-_MEANS = (
+_IRRELEVANT = (
     *("training", "checkpoint", "fused", "dropout", "call_super_init", "dump_patches"),
     "target_shift_size",  # of Swin: what was asked for, be the window as large as the image or not
 )
@@ -25,7 +25,7 @@ def settings_of(model: nn.Module) -> str:
         own = {
             key: _described(value)
             for key, value in sorted(vars(part).items())
-            if not key.startswith("_") and not any(word in key for word in _MEANS)
+            if not key.startswith("_") and not any(word in key for word in _IRRELEVANT)
         }
         settings = {key: value for key, value in own.items() if value is not None}
         lines.append(f"{name} {type(part).__qualname__} {settings}")

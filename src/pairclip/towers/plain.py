@@ -14,7 +14,7 @@ class PlainTower(VisionTower):
 
     @classmethod
     def from_model(cls, module: nn.Module, transform: Any, *, image_size: int | None) -> PlainTower:
-        """Wrap `module`."""
+        """Wrap a module whose own size is that of its preprocess."""
         name = type(module).__name__
         transform = getattr(module, "preprocess", None) if transform is None else transform
         if transform is None:

@@ -1,4 +1,4 @@
-"""Models of `transformers` at another image size, by interpolating tables of positions."""
+"""Models of `transformers` at another image size, by interpolating their position embeddings."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def set_input_size(model: Any, image_size: int) -> None:
 
 
 def resampled(table: Tensor, shape: torch.Size) -> Tensor:
-    """A table of positions ``[..., D]``, of a square grid after some others, for another grid."""
+    """Position embeddings ``[..., D]``, of a square grid after some others, for another grid."""
     rows = table.reshape(-1, table.shape[-1]).float()
     count = math.prod(shape[:-1])
     extras = range(min(len(rows), count)) if table.shape[-1] == shape[-1] else ()
@@ -89,7 +89,8 @@ def resampled(table: Tensor, shape: torch.Size) -> Tensor:
             break
     else:
         raise NotImplementedError(
-            f"`image_size` can't be changed: a table {list(table.shape)} is no square grid."
+            f"`image_size` can't be changed: a table {list(table.shape)} is no square grid of "
+            "position embeddings."
         )
     old, new = sides
     grid = rows[extra:].T.reshape(1, -1, old, old)

@@ -16,7 +16,7 @@ class SiglipTower(ContrastiveTower):
 
     @classmethod
     def vision_class(cls, config: Any) -> Any:
-        """There is one."""
+        """The only one, which has the pooling head."""
         return SiglipVisionModel
 
     @classmethod

@@ -42,7 +42,8 @@ class TransformersTower(VisionTower):
     model_types: ClassVar[tuple[str, ...]] = ()
     # Settings that decide what the same weights give; all of them where none are named.
     deciding: ClassVar[tuple[str, ...]] = ()
-    parts: ClassVar[tuple[str, ...]] = ()  # of a whole model those that are loaded, if not all
+    # What the weights begin with that are loaded of a model with texts, if not all.
+    weight_prefixes: ClassVar[tuple[str, ...]] = ()
     saves_whole: ClassVar[bool] = True  # of a model with texts all, or the image tower alone
     whole: tuple[Any, ...] = ()  # the model that it is a part of; in a tuple, to own nothing
 

@@ -1,4 +1,4 @@
-"""Models that are another one with stand-ins for some of its modules, sharing all the rest."""
+"""A model with stand-ins for some of its modules, which shares all the rest."""
 
 from __future__ import annotations
 
