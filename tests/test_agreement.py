@@ -138,7 +138,8 @@ def test_a_call_that_not_all_processes_make_is_told(monkeypatch, capsys) -> None
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr("pairclip.embedding.processes._PATIENCE", 0.01)
+    monkeypatch.setattr("pairclip.embedding.processes._SOON", 0.01)
+    monkeypatch.setattr("pairclip.embedding.processes._PATIENCE", 0.02)
 
     def alone(*_: Any) -> None:
         time.sleep(0.2)

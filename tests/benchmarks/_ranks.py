@@ -16,16 +16,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from processes import small
 from torch import distributed
 
-from pairclip import Callback, Finetuner, cache_features, embed_images, evaluate
+from pairclip import (
+    Callback,
+    Finetuner,
+    WeightAverage,
+    cache_features,
+    embed_images,
+    evaluate,
+)
 from pairclip.towers import random_tower
 
 PATIENCE = 8  # seconds of the process group, which `InitProcessGroupKwargs` sets
 SECONDS = 30  # in which all must have ended
 _DIFFERS = r"Process 1 is not about to do what process 0 is .*"
-_LOST = r"can't go on: another process has failed, was ended, or did not come in time"
+_LOST = r"can't go on: (another process|process 1) has failed, was ended, or did not come in time"
 
 
 class At(Callback):
@@ -42,9 +50,12 @@ class At(Callback):
 def fit(data: Any = None, **options: Any) -> None:
     """A few steps, with what is given for the tower, the loss or `fit`."""
     of_finetuner = {
-        name: options.pop(name) for name in ("seed", "micro_batch_size") if name in options
+        name: options.pop(name)
+        for name in ("seed", "micro_batch_size", "optimizer", "accelerator")
+        if name in options
     }
-    callbacks = [At(options.pop("does"))] if "does" in options else []
+    callbacks = options.pop("callbacks", [])
+    callbacks += [At(options.pop("does"))] if "does" in options else []
     loss = options.pop("loss", small.new_loss("squared"))
     options = {"sampler": small.new_sampler("squared"), "max_steps": 4} | options
     Finetuner(small.new_tower(), loss, callbacks=callbacks, **of_finetuner).fit(
@@ -92,9 +103,19 @@ def embedded(images: Any) -> None:
     embed_images(small.new_tower(), images)
 
 
-def evaluated() -> None:
+def evaluated(labels: list[int]) -> None:
     """All images."""
-    evaluate(small.new_tower(), (small.pictures(), list(small.LABELS)))
+    evaluate(small.new_tower(), (small.pictures(), labels))
+
+
+def norms(embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """A loss."""
+    return embeddings.square().mean()
+
+
+def mixed(precision: str) -> Accelerator:
+    """An Accelerator in this precision."""
+    return Accelerator(mixed_precision=precision, cpu=True)
 
 
 def cached(images: Any, folder: Path) -> None:
@@ -136,6 +157,17 @@ def failures(rank: int, folder: Path) -> dict[str, tuple[Callable[[], object], s
             _DIFFERS + "images is 48",
         ),
         "steps": (lambda: fit(max_steps=3 + rank), _DIFFERS + "steps"),
+        "optimizer": (
+            lambda: fit(optimizer=lambda weights: torch.optim.SGD(weights, lr=0.1 + rank)),
+            _DIFFERS + "learning rate",
+        ),
+        "loss": (lambda: fit(loss=lambda z, of: (1 + rank) * norms(z, of)), "of the same embedd"),
+        "precision": (lambda: fit(accelerator=mixed("bf16" if last else "no")), "precision is"),
+        "averages": (
+            lambda: fit(callbacks=[WeightAverage(0.5)] if last else []),
+            "average the weights on 1 of 2",
+        ),
+        "evaluates others": (lambda: evaluated(turned), "other labels or class names"),
         "raises": (lambda: fit(**mine), _LOST + "|of its own"),
         "raises in the loss": (
             lambda: fit(loss=failing_loss) if last else fit(),
@@ -156,7 +188,7 @@ def failures(rank: int, folder: Path) -> dict[str, tuple[Callable[[], object], s
             "Process 1 failed: Image 40|Image 40",
         ),
         "does not embed": (lambda: None if last else embedded(pictures), _LOST),
-        "does not evaluate": (lambda: wait() if last else evaluated(), _LOST),
+        "does not evaluate": (lambda: wait() if last else evaluated(labels), _LOST),
         "caches others": (lambda: cached(pictures[:, ::-1] if last else pictures, folder), ""),
         "is killed while it caches": (
             lambda: cached(pictures, folder) if not last else (kill()),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -197,12 +198,20 @@ def disagreements(names: list[str]) -> dict[str, str]:
                 fitting["max_steps"] = 3
             elif name == "micro-batches":
                 settings["micro_batch_size"] = 4
-            else:
+            elif name == "averages":
+                settings["callbacks"] = [WeightAverage(0.5)]
+            elif name in ("seed", "learning_rate"):
                 settings[name] = {"seed": 1, "learning_rate": 1e-2}[name]
         if name == "evaluation":
             fitting.setdefault("eval_dataset", data)
+        loss = small.new_loss("squared")
+        if name == "loss":
+            factor, squared = 1 + other, loss
+            loss = lambda z, of, factor=factor, squared=squared: factor * squared(z, of)  # noqa: E731
+        if name == "optimizer":
+            settings = {"optimizer": partial(torch.optim.SGD, lr=0.1 if other else 0.2)}
         try:
-            Finetuner(small.new_tower(), small.new_loss("squared"), **settings).fit(data, **fitting)
+            Finetuner(small.new_tower(), loss, **settings).fit(data, **fitting)
         except ValueError as error:
             said[name] = str(error)
     return said

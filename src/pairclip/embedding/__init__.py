@@ -2,7 +2,7 @@
 
 from pairclip.embedding.embed import Precision, embed, embed_images
 from pairclip.embedding.pixels import Pixels, are_images, open_images, pixel_batches
-from pairclip.embedding.processes import Together, lost_processes_named
+from pairclip.embedding.processes import Together, lost_processes_named, waiting_said
 
 __all__ = [
     "Pixels",
@@ -14,4 +14,5 @@ __all__ = [
     "lost_processes_named",
     "open_images",
     "pixel_batches",
+    "waiting_said",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pairclip import _checks
+from pairclip._files import bytes_of
 from pairclip._progress import progress
 from pairclip.datasets import LabelledImages
 from pairclip.embedding.pixels import Pixels, open_images, pixel_batches
@@ -120,11 +122,17 @@ def embed(
             raise ValueError("`on_device` is for images, and this is a part of a split tower.")
         dtype = _dtype_of(precision, device)
         result = None if out is None else _checked_out(out, count)
-    for other, its_count in enumerate(together.gather(count)):
+    classes = hashlib.sha256(bytes_of(images.labels)).hexdigest(), images.class_names
+    for other, (its_count, *its_classes) in enumerate(together.gather((count, *classes))):
         if its_count != count:
             raise ValueError(
                 f"`images` must be the same on all processes, got {count} on process "
                 f"{together.process} and {its_count} on process {other}."
+            )
+        if its_classes != [*classes]:
+            raise ValueError(
+                "`images` must be the same on all processes, and process "
+                f"{other} has other labels or class names than process {together.process}."
             )
     hidden = None if together.process == 0 else True  # None: where the output is no terminal
     bar = progress(total=count, desc="Embedding", unit="image", leave=False, disable=hidden)

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
-# After which it is said that a process waits for others.
-_PATIENCE = 60.0
+# Seconds: after which a process is noted as one that waits for others, after which it says so, and
+# in which all that wait are noted once one of them has lost another.
+_SOON, _PATIENCE, _NOTICE = 0.5, 60.0, 1.0
 # As gloo, NCCL and the sockets below them say it.
 _LOST = re.compile(
     r"Connection (closed|reset) by peer|Broken pipe|Socket closed|Timed out waiting|"
     r"wait timeout after|collective operation timeout"
 )
+_waits = itertools.count()
 
 
 @contextmanager
@@ -31,11 +35,80 @@ def lost_processes_named() -> Iterator[None]:
         said = error.__cause__ is not None
         if said or not grouped or not _LOST.search(str(error)):
             raise
-        raise RuntimeError(
-            f"Process {distributed.get_rank()} can't go on: another process has failed, was ended, "
-            "or did not come in time. What went wrong stands in the output of that one; if it did "
-            f"not make this call, let all processes make it ({error})."
-        ) from error
+        raise _lost(error, []) from error
+
+
+def _named(absent: list[int], otherwise: str) -> str:
+    return f"process {' and '.join(map(str, absent))}" if absent else otherwise
+
+
+def _lost(error: RuntimeError, absent: list[int]) -> RuntimeError:
+    who = _named(absent, "another process")
+    return RuntimeError(
+        f"Process {distributed.get_rank()} can't go on: {who} has failed, was ended, or did not "
+        "come in time. What went wrong stands in the output of that one; if it did not make this "
+        f"call, let all processes make it ({error})."
+    )
+
+
+@contextmanager
+def waiting_said(what: str) -> Iterator[None]:
+    """Within, this process waits for others: a minute of it, or an error, says for which.
+
+    Args:
+        what: What all processes have to do; the same on all of them.
+    """
+    wait = _Wait(what)
+    threading.Thread(target=wait.watch, daemon=True).start()
+    try:
+        yield
+    except RuntimeError as error:
+        if not _LOST.search(str(error)):
+            raise
+        raise _lost(error, wait.absent(_NOTICE)) from error
+    finally:
+        wait.over.set()
+
+
+class _Wait:
+    """A process that waits is noted in what the group keeps, where the others see it."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.over = threading.Event()
+        self._key = f"pairclip: {what} {next(_waits)} ".__add__
+
+    def watch(self) -> None:
+        if not self.over.wait(_SOON):
+            self._asked(lambda store: store.set(self._key(str(distributed.get_rank())), ""))
+            if not self.over.wait(_PATIENCE - _SOON):
+                print(
+                    f"Process {distributed.get_rank()} has waited {_PATIENCE:.0f} s for "
+                    f"{_named(self.absent(0), 'other processes')}: {self.what}.",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+    def absent(self, seconds: float) -> list[int]:
+        """Which processes are not noted so many seconds from now; none where nobody can tell."""
+        absent: list[int] = []
+
+        def look(store: Any) -> None:
+            store.set(self._key(str(distributed.get_rank())), "")
+            time.sleep(seconds)
+            numbers = range(distributed.get_world_size())
+            absent.extend(n for n in numbers if not store.check([self._key(str(n))]))
+
+        # Beside, as it may be lost with the process that has it.
+        asking = threading.Thread(target=self._asked, args=[look], daemon=True)
+        asking.start()
+        asking.join(seconds + 3 * _NOTICE)
+        return absent
+
+    @staticmethod
+    def _asked(ask: Callable[[Any], object]) -> None:
+        with suppress(Exception):  # what is noted makes words clearer, and no more
+            ask(distributed.distributed_c10d._get_default_store())
 
 
 class Together:
@@ -69,7 +142,8 @@ class Together:
         said = None if error is None else str(error) or repr(error)
         all_of_them: list[Any] = [(value, said)] * self.processes
         if self.processes > 1:
-            with self._reaching(), self._waiting_said():
+            what = f"{self.call} divides images among all processes, so let all of them call it"
+            with self._reaching(), waiting_said(what):
                 distributed.all_gather_object(all_of_them, (value, said))
         self.ended = any(its_error is not None for _, its_error in all_of_them)
         if error is not None:
@@ -106,17 +180,3 @@ class Together:
         with lost_processes_named():
             yield
         self.ended = False
-
-    @contextmanager
-    def _waiting_said(self) -> Iterator[None]:
-        words = (
-            f"Process {self.process} has waited {_PATIENCE:.0f} s for other processes: {self.call} "
-            "divides images among all processes, so let all of them call it."
-        )
-        timer = threading.Timer(_PATIENCE, print, [words], {"file": sys.stderr, "flush": True})
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()

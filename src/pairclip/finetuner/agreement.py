@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+import struct
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,8 +18,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from pairclip.checkpoints import differences
+from pairclip.embedding import waiting_said
 
 _FITTING = threading.RLock()
+_END = "The time-out of the process group, which `InitProcessGroupKwargs` sets, ends them"
 
 
 def _none_is_fitting() -> None:
@@ -41,7 +45,10 @@ def check_same(accelerator: Accelerator, statement: Mapping[str, Any]) -> None:
     """
     if accelerator.num_processes == 1:
         return
-    first, *others = gather_object([dict(statement)])
+    with waiting_said(
+        f"all must begin the fit, and one may hang, in reading an image, say. {_END}"
+    ):
+        first, *others = gather_object([dict(statement)])
     for number, other in enumerate(others, 1):
         different = list(differences(other, first))
         if different:
@@ -50,6 +57,15 @@ def check_same(accelerator: Accelerator, statement: Mapping[str, Any]) -> None:
                 f"here: process 0): {'; '.join(different)}. Give all processes the same data and "
                 "settings; a random split, say, needs a fixed seed."
             )
+
+
+def sums_over(accelerator: Accelerator, flags: Sequence[bool], step: int) -> list[float]:
+    """On how many processes each flag is true, once all have ended a step."""
+    mine = torch.tensor(flags, dtype=torch.float32, device=accelerator.device)
+    reduce: Any = accelerator.reduce
+    with waiting_said(f"all must end step {step}, and one may hang, in a callback, say. {_END}"):
+        sums: list[float] = reduce(mine, "sum").tolist()
+    return sums
 
 
 class BatchDigests:
@@ -64,11 +80,26 @@ class BatchDigests:
         digest = hashlib.sha256(values.tobytes()).digest()
         self._waiting.append(int.from_bytes(digest[:7], "little"))
 
-    def check_same(self, accelerator: Accelerator, step: int) -> None:
-        """Raise on all processes unless all have drawn the same batch for this step."""
-        mine = torch.tensor([[self._waiting.popleft()]], device=accelerator.device)
+    def check_same(self, accelerator: Accelerator, step: int, loss: float) -> None:
+        """Raise on all processes unless all have drawn the same batch for this step.
+
+        And unless all have the same loss of the step before, up to rounding.
+        """
+        (of_loss,) = struct.unpack("<q", struct.pack("<d", loss))
+        mine = torch.tensor([[self._waiting.popleft(), of_loss]], device=accelerator.device)
         gather: Any = accelerator.gather
-        digests = gather(mine).flatten().tolist()
+        with waiting_said(
+            f"all must come to step {step}, and one may hang, in reading an image, say. {_END}"
+        ):
+            digests, losses = gather(mine).T.tolist()
+        for number, packed in enumerate(losses):
+            (other,) = struct.unpack("<d", struct.pack("<q", packed))
+            if not math.isclose(loss, other, rel_tol=1e-3, abs_tol=1e-6):
+                raise ValueError(
+                    f"At step {step - 1}, `loss` is {other:.6g} on process {number} and {loss:.6g} "
+                    f"on process {accelerator.process_index}, of the same embeddings. Give all "
+                    "processes the same loss, which draws from no generator of its own."
+                )
         for number, digest in enumerate(digests):
             if digest != digests[0]:
                 raise ValueError(

@@ -35,7 +35,12 @@ from pairclip.finetuner.evaluations import (
     left_out_of,
 )
 from pairclip.finetuner.feeds import DatasetFeed, Feed, StreamFeed
-from pairclip.finetuner.identity import config_of, identity_of, statement_of
+from pairclip.finetuner.identity import (
+    config_of,
+    identity_of,
+    parameter_groups,
+    statement_of,
+)
 from pairclip.finetuner.loop import Loop
 from pairclip.finetuner.resuming import Saver
 from pairclip.finetuner.settings import (
@@ -286,6 +291,7 @@ class Finetuner:
             config=config_of(trainer, feed),
             history=History(unreadable=left_out_of(named)),
         )
+        check_same(accelerator, {**fit.config, "parameter groups": parameter_groups(trainer)})
         saver = None
         if plan.checkpoint_dir is not None:
             every = checkpoint_every or per_epoch

@@ -16,6 +16,7 @@ from torch.utils.data import Sampler
 
 from pairclip._files import bytes_of
 from pairclip._randomness import random_state_kept
+from pairclip._version import __version__
 from pairclip.callbacks import Callback
 from pairclip.checkpoints import trained_tensors
 from pairclip.datasets import LabelledImages, StreamBatches
@@ -71,21 +72,26 @@ def identity_of(
             "torch, which are seeded for each image.",
             stacklevel=4,
         )
-    groups = zip(trainer.optimizer.param_groups, trainer.peak_rates, strict=True)
     return {
         "model": model_identity(trainer.tower),
         "dataset": dataset,
         "configuration": {
             **config,
-            "parameter groups": [
-                {"parameters": len(group["params"])}
-                | {key: str(group[key]) for key in group if key not in ("params", "lr")}
-                | {"learning rate": rate}
-                for group, rate in groups
-            ],
+            "parameter groups": parameter_groups(trainer),
             "callbacks": [describe(callback) for callback in callbacks],
         },
     }
+
+
+def parameter_groups(trainer: Trainer) -> list[dict[str, Any]]:
+    """Size and settings of each group of the optimizer."""
+    groups = zip(trainer.optimizer.param_groups, trainer.peak_rates, strict=True)
+    return [
+        {"parameters": len(group["params"])}
+        | {key: str(group[key]) for key in group if key not in ("params", "lr")}
+        | {"learning rate": rate}
+        for group, rate in groups
+    ]
 
 
 def model_identity(tower: nn.Module) -> dict[str, Any]:
@@ -142,6 +148,7 @@ def statement_of(
 ) -> dict[str, Any]:
     """What a process is about to do, as far as all processes must do the same."""
     return {
+        "versions": {"pairclip": __version__, "torch": str(torch.__version__).split("+")[0]},
         "tower": model_identity(tower),
         "dataset": dataset_identity(feed.items, feed.targets),
         "loss": describe(loss),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
@@ -14,7 +13,7 @@ from pairclip import _files
 from pairclip._progress import progress
 from pairclip._randomness import Stream, random_state_kept, seed_all
 from pairclip.callbacks import Callback, FitState
-from pairclip.finetuner.agreement import BatchDigests
+from pairclip.finetuner.agreement import BatchDigests, sums_over
 from pairclip.finetuner.evaluations import Evaluate
 from pairclip.finetuner.resuming import Saver
 from pairclip.finetuner.step import Trainer
@@ -101,7 +100,8 @@ class Loop:
     ) -> dict[str, float | None]:
         fit, history = self.fit, self.fit.history
         if self.digests is not None:
-            self.digests.check_same(fit.accelerator, fit.step + 1)
+            loss = float(history.steps[-1]["loss"] or 0) if history.steps else 0.0
+            self.digests.check_same(fit.accelerator, fit.step + 1, loss)
         targets = None if self.targets is None else self.targets[items]
         batch, record, skipped = self.trainer(pixels, labels, targets, fit.step + 1)
         epoch = self.epoch_of(fit.step)
@@ -117,12 +117,15 @@ class Loop:
         """Stop all processes for the reason that one has; whether one caught a stop signal."""
         fit, accelerator = self.fit, self.fit.accelerator
         flags = [self.signals.caught is not None, fit.stop_reason is not None]
+        flags.append(fit.averages is not None)
         if accelerator.num_processes == 1:
             return flags[0]
-        reduce: Any = accelerator.reduce
-        caught, stopped = reduce(
-            torch.tensor(flags, dtype=torch.float32, device=accelerator.device), "sum"
-        ).tolist()
+        caught, stopped, averaging = sums_over(accelerator, flags, fit.step)
+        if averaging not in (0, accelerator.num_processes):
+            raise ValueError(
+                f"`callbacks` average the weights on {averaging:.0f} of "
+                f"{accelerator.num_processes} processes. Give all of them the same `WeightAverage`."
+            )
         if stopped:
             reasons = gather_object([fit.stop_reason])
             fit.stop(next(reason for reason in reasons if reason is not None))
