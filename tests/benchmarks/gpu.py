@@ -5,9 +5,11 @@
     python tests/benchmarks/gpu.py --tiny     # what runs where, at a size that says nothing
 
 Towers have random weights, images are noise. "share" is the part of the device's measured matrix
-rate that is used: the operations of the matrix products in the tower, without those of attention's
-scores and times three for training, by those of a product of two matrices of 8,192 x 8,192 in
-bfloat16 (float32 on a CPU) in the same time. Peak is what PyTorch had allocated on the device.
+rate that is used: the operations of the matrix products that are needed, by those of a product of
+two matrices of 8,192 x 8,192 in the same time. Of a tower they are in bfloat16 (float32 on a CPU),
+without those of attention's scores, and times three for training; of a loss and an evaluation in
+float32: all pairs' products, and their gradients (squared: of D x D; linear has none). Peak is what
+PyTorch had allocated on the device.
 
 loss: forward and backward, D = 512. embed: `embed_images` of bytes that lie on the device or in the
 memory of the host, and of JPEG files of twice the tower's size, which are resized on the device or
@@ -15,8 +17,8 @@ where they are read. train: steps of a fit without its loading, beside a loop wr
 the same loss, autocast, clipping and fused AdamW; in pieces, and with the tower compiled. "x bare"
 is the time of a step by that of the loop as it is. evaluate: `evaluate_embeddings`, D = 512.
 
-The first steps are not counted. What takes too much memory, or would begin after --seconds, is a
-row that says so.
+The first steps are not counted. What takes too much memory, fails, or would begin after --seconds,
+is a row that says so.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import shutil
 import statistics
 import sys
 import tempfile
@@ -102,11 +106,13 @@ class Sizes(NamedTuple):
     matrix: int
 
 
-LARGE = Sizes(("ViT-B/32", "ViT-L/14"), 1024, 256, 6, 16_384, 2048, (8192, 65_536), 100_000, 8192)
+LARGE = Sizes(("ViT-B/32", "ViT-L/14"), 1024, 128, 6, 16_384, 2048, (8192, 65_536), 100_000, 8192)
 # What a processor does in minutes.
 ON_CPU = Sizes(("ViT-B/32",), 16, 8, 3, 48, 48, (8192,), 10_000, 2048)
 TINY = Sizes(("tiny",), 16, 8, 2, 64, 16, (64, 128), 500, 256)
 _WARM = 2  # steps, which compile and fill caches
+_WIDTH = 512  # D of losses and evaluations
+_FULL = re.compile(r"out of memory|ALLOC_FAILED|allocate memory")
 
 
 class Bench:
@@ -150,18 +156,27 @@ class Bench:
                 torch.cuda.reset_peak_memory_stats()
             try:
                 row = {"outcome": _bench.MEASURED, **measure()}
-            except torch.OutOfMemoryError:
+            except Exception as error:  # of one row, which others don't have
+                full = isinstance(error, MemoryError) or _FULL.search(str(error))
                 row = {"outcome": _bench.OUT_OF_MEMORY}
+                if not full:
+                    row = {"outcome": _bench.FAILED, "detail": f"{type(error).__name__}: {error}"}
+            torch.compiler.reset()
             if self.on_gpu:
                 row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         row = {**what, **row}
         self.rows.append(row)
         print(" ".join(f"{key}={value}" for key, value in row.items()), file=sys.stderr, flush=True)
 
-    def with_share(self, row: Row, shape: Shape, factor: int) -> Row:
-        """With the part of the matrix rate that its images per second are."""
-        rate = self.rates["bfloat16" if self.on_gpu else "float32"]
-        return {**row, "share": row["images_per_second"] * factor * shape.operations / rate}
+    def of_images(
+        self, count: int, seconds: float, operations: float | None, *, exact: bool = False
+    ) -> Row:
+        """Images per second, and what part of the matrix rate the operations are in that time."""
+        row: Row = {"seconds": seconds, "images_per_second": count / seconds}
+        if operations:
+            rate = self.rates["bfloat16" if self.on_gpu and not exact else "float32"]
+            row["share"] = operations / seconds / rate
+        return row
 
 
 def training(bench: Bench) -> None:
@@ -207,9 +222,9 @@ def train(
                 bench.timed(partial(trainer, pixels, labels, None, number + 1))
                 for number in range(_WARM + sizes.steps)
             ][_WARM:]
-    seconds = statistics.median(taken)
-    row = {"seconds": seconds, "images_per_second": sizes.batch / seconds}
-    return bench.with_share(row, shape, factor=3)
+    return bench.of_images(
+        sizes.batch, statistics.median(taken), 3 * sizes.batch * shape.operations
+    )
 
 
 def bare_step(
@@ -238,66 +253,73 @@ def embedding(bench: Bench) -> None:
         pictures = np.random.default_rng(0).integers(0, 256, (32, side, side * 4 // 3, 3), np.uint8)
         files = [Path(folder) / f"{number}.jpg" for number in range(sizes.files)]
         for number, file in enumerate(files):
-            Image.fromarray(pictures[number % len(pictures)]).save(file, quality=90)
+            if number < len(pictures):
+                Image.fromarray(pictures[number]).save(file, quality=90)
+            else:
+                shutil.copyfile(files[number % len(pictures)], file)
         for name in sizes.towers:
             shape = SHAPES[name]
             tower = shape.tower(bench.device)
-            there = noise(bench, shape, sizes.embedded)
+            there = partial(noise, bench, shape, sizes.embedded)
             workers = {"num_workers": 0 if bench.args.tiny else bench.args.workers}
-            ways = {
+            ways: dict[str, tuple[Callable[[], Any], Row]] = {
                 "bytes on the device": (there, {"on_device": True}),
-                "bytes of the host": (there.cpu(), {"on_device": True}),
-                "files, computed on the device": (files, {"on_device": True, **workers}),
-                "files, computed by workers": (files, workers),
+                "bytes of the host": (lambda there=there: there().cpu(), {"on_device": True}),
+                "files, computed on the device": (lambda: files, {"on_device": True, **workers}),
+                "files, computed by workers": (lambda: files, workers),
             }
             for way, (images, options) in ways.items():
                 measure = partial(embed, bench, shape, tower, images, options)
                 bench.add(measure, part="embed", tower=name, way=way, batch=sizes.micro)
 
 
-def embed(bench: Bench, shape: Shape, tower: VisionTower, images: Any, options: Row) -> Row:
-    options = {"batch_size": bench.sizes.micro, **options}
+def embed(
+    bench: Bench, shape: Shape, tower: VisionTower, given: Callable[[], Any], options: Row
+) -> Row:
+    images, options = given(), {"batch_size": bench.sizes.micro, **options}
     embed_images(tower, images[: 2 * bench.sizes.micro], **options)
     seconds = bench.timed(lambda: embed_images(tower, images, **options))
-    row = {"seconds": seconds, "images_per_second": len(images) / seconds}
-    return bench.with_share(row, shape, factor=1)
+    return bench.of_images(len(images), seconds, len(images) * shape.operations)
 
 
 def losses(bench: Bench) -> None:
     """Forward and backward of the losses on all pairs."""
     for rows in bench.sizes.losses:
-        embeddings = torch.randn(rows, 512, device=bench.device, requires_grad=True)
+        embeddings = torch.randn(rows, _WIDTH, device=bench.device, requires_grad=True)
         labels = torch.arange(rows, device=bench.device) % (rows // 8)
-        for negatives in ("linear", "squared", "hinge"):
+        squared = 6 * rows * _WIDTH * min(rows, _WIDTH)
+        needed = {"linear": None, "squared": squared, "hinge": 3 * rows**2 * _WIDTH}
+        for negatives, operations in needed.items():
             margin = {"margin": 0.2} if negatives == "hinge" else {}
             loss = AllPairsCosineLoss(negatives=negatives, **margin)
             step = backward_of(partial(loss, embeddings, labels), embeddings)
-            measure = partial(repeated, bench, step, rows)
+            measure = partial(repeated, bench, step, rows, operations)
             bench.add(measure, part="loss", way=negatives, batch=rows)
 
 
-def repeated(bench: Bench, step: Callable[[], None], images: int) -> Row:
+def repeated(bench: Bench, step: Callable[[], None], images: int, operations: float | None) -> Row:
     step()
     seconds = statistics.median(bench.timed(step) for _ in range(5))
-    return {"seconds": seconds, "images_per_second": images / seconds}
+    return bench.of_images(images, seconds, operations, exact=True)
 
 
 def evaluation(bench: Bench) -> None:
     """All metrics of an evaluation."""
     rows = bench.sizes.evaluated
     labels = torch.arange(rows) % (rows // 50)
-    embeddings = torch.randn(rows, 512) + 2 * torch.randn(rows // 50, 512)[labels]
+    embeddings = torch.randn(rows, _WIDTH) + 2 * torch.randn(rows // 50, _WIDTH)[labels]
     where = {"host": (embeddings, labels)}
     if bench.on_gpu:
         where["device"] = (embeddings.to(bench.device), labels.to(bench.device))
     for way, given in reversed(where.items()):
-        measure = partial(once, bench, partial(evaluate_embeddings, *given), rows)
+        # The host has another matrix rate than the device.
+        operations = None if bench.on_gpu and way == "host" else 2 * rows**2 * _WIDTH
+        measure = partial(once, bench, partial(evaluate_embeddings, *given), rows, operations)
         bench.add(measure, part="evaluate", way=f"on the {way}", batch=rows)
 
 
-def once(bench: Bench, step: Callable[[], Any], images: int) -> Row:
-    seconds = bench.timed(step)
-    return {"seconds": seconds, "images_per_second": images / seconds}
+def once(bench: Bench, step: Callable[[], Any], images: int, operations: float | None) -> Row:
+    return bench.of_images(images, bench.timed(step), operations, exact=True)
 
 
 def noise(bench: Bench, shape: Shape, count: int) -> Tensor:
@@ -342,7 +364,7 @@ def main() -> int:
     print(f"\n{report(bench.rows)}\n\n{device}: TFLOP/s of a matrix product {rates}")
     if args.json:
         args.json.write_text(json.dumps({"device": device, "rows": bench.rows}, indent=1) + "\n")
-    return 0
+    return int(any(row["outcome"] == _bench.FAILED for row in bench.rows))
 
 
 if __name__ == "__main__":
