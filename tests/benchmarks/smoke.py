@@ -21,7 +21,7 @@ TINY = {
     "against": "HEAD --only tiny load --budget 0 --batch 8 --rows 2000 --width 16",
     "alignment": "--caption-steps 1 --steps 1 --fit 24 --held-out 48 --batch-size 12",
     "breaking": "--tiny",
-    "embedding": "--images 1000 --width 16",
+    "embedding": "--images 1000 --width 16 --depth 1",
     "finetuner": "--only tiny --rounds 1 --batch 8 --contenders pairclip bare",
     "gpu": "--tiny",
     "hostile_images": "--mutations 44 --keep {folder}/hostile",
