@@ -65,6 +65,12 @@ def joined_labels(
     return torch.tensor([ids[name] for name in names], device="cpu")[data.labels], joined
 
 
+def check_dtype(dtype: object) -> None:
+    """Raise a ValueError unless an index holds embeddings of this type."""
+    if dtype not in (torch.float16, torch.float32):
+        raise ValueError(f"`dtype` must be torch.float16 or torch.float32, got {dtype}.")
+
+
 def stored_rows(embeddings: Tensor, dtype: torch.dtype) -> Tensor:
     """Unit rows as an index holds them."""
     units = torch.empty_like(embeddings, dtype=dtype)

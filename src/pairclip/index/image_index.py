@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pairclip import _checks
 from pairclip.index import storage
-from pairclip.index.building import embedded, images_of, joined_labels
+from pairclip.index.building import check_dtype, embedded, images_of, joined_labels
 from pairclip.index.parquet import read_parquet
 from pairclip.index.queries import Searcher
 from pairclip.index.searching import ExactSearch
@@ -119,8 +119,7 @@ class ImageIndex(ExactSearch):
             TypeError: If `dataset` is neither a dataset nor images.
             RuntimeError: If another process failed, was ended or did not call it.
         """
-        if dtype not in storage.DTYPES.values():
-            raise ValueError(f"`dtype` must be torch.float16 or torch.float32, got {dtype}.")
+        check_dtype(dtype)
         fingerprint = tower.fingerprint()
         images, labelled = images_of("dataset", dataset)
         segment = embedded(tower, images, dtype, batch_size=batch_size, num_workers=num_workers)
@@ -160,8 +159,7 @@ class ImageIndex(ExactSearch):
                 differ, some labels are missing, or `tower` is another one than the files say.
             ImportError: If pyarrow is missing.
         """
-        if dtype not in storage.DTYPES.values():
-            raise ValueError(f"`dtype` must be torch.float16 or torch.float32, got {dtype}.")
+        check_dtype(dtype)
         segment, names, fingerprint = read_parquet(Path(folder), dtype)
         if fingerprint is None:
             fingerprint = "unknown" if tower is None else tower.fingerprint()

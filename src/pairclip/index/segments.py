@@ -115,21 +115,21 @@ class Segment:
         With `wanted`, class ids, only images of these classes.
         """
         lengths = self._all_lengths()
-        places = numbers = self.left
-        if self.left is not None:
-            places = torch.arange(len(self.left), device="cpu")
+        if self.left is None and wanted is None:
+            for start in range(0, len(self), ROWS):
+                piece = slice(start, start + ROWS)
+                rows = self.rows[piece]
+                yield rows, lengths[piece], torch.arange(start, start + len(rows), device="cpu")
+                self._release(piece)
+            return
+        places = torch.arange(len(self), device="cpu")
         if wanted is not None and self.labels is not None:
             places = torch.isin(self.kept(self.labels), wanted).nonzero()[:, 0]
-            numbers = places if self.left is None else self.left[places]
-        for start in range(0, len(self) if places is None else len(places), ROWS):
-            piece = slice(start, start + ROWS)
-            if numbers is None or places is None:
-                rows, of_rows = self.rows[piece], lengths[piece]
-                yield rows, of_rows, torch.arange(start, start + len(rows), device="cpu")
-                self._release(piece)
-            else:
-                yield self.rows[numbers[piece]], lengths[numbers[piece]], places[piece]
-                self._release(slice(int(numbers[piece][0]), int(numbers[piece][-1]) + 1))
+        for start in range(0, len(places), ROWS):
+            some = places[start : start + ROWS]
+            numbers = some if self.left is None else self.left[some]
+            yield self.rows[numbers], lengths[numbers], some
+            self._release(slice(int(numbers[0]), int(numbers[-1]) + 1))
 
     def _all_lengths(self) -> Tensor:
         """Of each row, near 1: found once, as dividing the rows takes longer than a query."""
