@@ -498,6 +498,13 @@ def test_an_exported_tower_computes_the_same(dtype: torch.dtype, tmp_path: Path)
         tower.export_onnx(tmp_path / "tower.onnx", dtype=torch.bfloat16)
 
 
+def test_a_tower_in_half_precision_is_exported_in_float32(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    report = random_tower(width=64).bfloat16().export_onnx(tmp_path / "tower.onnx")
+    assert 1e-4 < report["parity"]["largest_difference"] < 2e-2
+
+
 def test_a_tower_without_weights_is_exported(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")

@@ -402,6 +402,13 @@ def test_what_is_compiled_runs_as_it_is(compiled: str) -> None:
     assert len(graphs) == compiled_once
 
 
+def test_a_tower_without_values_has_parts() -> None:
+    tower = new_tower("clip").to("meta")
+    trunk, head = tower.split(1)
+    assert head(trunk(pixels().to("meta"))).shape == (6, 12)
+    assert tower._anatomy() == new_tower("clip")._anatomy()
+
+
 def test_splitting_leaves_each_module_in_its_mode() -> None:
     tower = new_tower("clip").train()
     tower.blocks[1].eval()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,10 @@ class Body(nn.Module):
         known: Anatomy | None = self.__dict__.get("_known")
         if known is None or not known.fits(model):
             # What a gradient reaches is asked, in whatever mode the tower is at this moment.
-            with (
-                torch.inference_mode(False),
-                torch.autocast(like(model).device.type, enabled=False),
-            ):
+            device = like(model).device.type
+            has_autocast = torch.amp.is_autocast_available(device)  # not so "meta"
+            autocast_off = torch.autocast(device, enabled=False) if has_autocast else nullcontext()
+            with torch.inference_mode(False), autocast_off:
                 plain = adapters.merged(model)
                 with evaluating(plain):
                     known = examine(plain, self._encode, self._grey(2))
@@ -192,8 +193,8 @@ class Body(nn.Module):
             What is in the JSON.
 
         Raises:
-            ValueError: If the embeddings differ by more than 1e-4 of the largest value (2e-2 in
-                float16): nothing is written then.
+            ValueError: If the embeddings differ by more than 1e-4 of the largest value (2e-2 where
+                the file or the tower is in half precision): nothing is written then.
             NotImplementedError: If the model can't be traced, or onnxruntime can't open what came
                 of it in float16.
             ImportError: If onnx or onnxruntime is not installed.
