@@ -241,6 +241,8 @@ def test_labels_that_items_do_not_have_are_an_error(place: Path) -> None:
     data = LabelledImages(images)
     with pytest.raises(ValueError, match=r"tells the label 1 of image 1, but its item has 0"):
         data[1]
+    with pytest.raises(ValueError, match=r"tells the label 1 of image 1, but its item has 0"):
+        LabelledImages(images, on_error="skip")
     images.changed = None
     assert LabelledImages(images)[1][1] == 1
 

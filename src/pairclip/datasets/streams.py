@@ -58,10 +58,6 @@ class StreamBatches:
             one warning, and listed in `unreadable` and in the `History` of a fit, under several
             processes each those of its slices.
 
-    Attributes:
-        unreadable: The images that ``on_error="skip"`` left out so far, each once: their
-            positions in the stream, their files, where the stream tells, and the reasons.
-
     Raises:
         ValueError: While iterating: if a full buffer has fewer than P classes of K items, an item
             has no label, or an image can't be read (with "skip", none of its class in the
@@ -126,7 +122,10 @@ class StreamBatches:
 
     @property
     def unreadable(self) -> list[Problem]:
-        """The images that ``on_error="skip"`` left out so far."""
+        """The images that ``on_error="skip"`` left out so far, each once.
+
+        Their `index` is their position in an epoch of the stream.
+        """
         return list(self._unreadable)
 
     def start_at(self, epoch: int, batch: int = 0) -> None:
