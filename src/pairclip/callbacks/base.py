@@ -65,7 +65,11 @@ class FitState:
         return self.history.stop_reason
 
     def stop(self, reason: str) -> None:
-        """Let the fit end after this step, evaluated and with a checkpoint."""
+        """Let the fit end after this step, evaluated and with a checkpoint.
+
+        Args:
+            reason: What `History.stop_reason` then says.
+        """
         self.history.stop_reason = reason
 
 

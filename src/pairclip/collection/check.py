@@ -79,7 +79,17 @@ class Check:
     drop: set[int] = field(default_factory=set)
 
     def image(self, place: int) -> Image.Image:
-        """The image of an item."""
+        """The image of an item.
+
+        Args:
+            place: Which of `items`.
+
+        Returns:
+            The image in RGB.
+
+        Raises:
+            ValueError: If it can't be read.
+        """
         item = self.items[place]
         image: Image.Image = self.parts[item.part][item.index][0]
         return image
@@ -131,7 +141,14 @@ class Check:
         }
 
     def to_text(self, most: int = 10) -> str:
-        """The same for a person, with at most so many findings of each kind."""
+        """The same for a person.
+
+        Args:
+            most: How many findings of each kind are listed.
+
+        Returns:
+            Lines, without a line break at the end.
+        """
         lines = []
         for part, classes in self.counts().items():
             least, largest = min(classes.values()), max(classes.values())

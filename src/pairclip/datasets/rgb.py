@@ -50,6 +50,13 @@ def as_rgb(
     Raises:
         ValueError: If values or size are out of range.
         TypeError: If it is no image.
+
+    Example:
+        >>> import numpy as np
+        >>> from pairclip.datasets import as_rgb
+        >>> image = as_rgb(np.full((4, 6), 0.5))
+        >>> image.mode, image.size, image.getpixel((0, 0))
+        ('RGB', (6, 4), (128, 128, 128))
     """
     if isinstance(image, (str, os.PathLike, bytes)):
         with open_image(image) as picture:

@@ -131,10 +131,15 @@ class StreamBatches:
     def start_at(self, epoch: int, batch: int = 0) -> None:
         """Go on at a batch of an epoch, both from 0, as if never stopped.
 
-        The stream is read up to there again, without decoding, and must give the same items.
+        The stream is read up to there again, without decoding, and must give the same items. It
+        holds for iterating and `load`; a fit starts at the first epoch, or at its checkpoint.
+
+        Args:
+            epoch: Which.
+            batch: How many of its batches are left out.
 
         Raises:
-            ValueError: If the stream can be read only once.
+            ValueError: If the stream can be read only once, or an argument is negative.
         """
         self._next = StreamPlace(
             _checks.check_count("epoch", epoch), _checks.check_count("batch", batch), None
@@ -170,6 +175,9 @@ class StreamBatches:
             num_batches: Batches to load.
             share: Items of each batch that are this process's.
             loading: Arguments of the `DataLoader`.
+
+        Yields:
+            Pixel values, class ids, the place, and images that were left out in this batch.
 
         Raises:
             ValueError: While iterating: if the stream can be read only once and `start` is not its

@@ -206,6 +206,12 @@ class Evaluation:
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write all of it, queries included, to a file that `from_json` reads; whole or not at all.
 
+        Args:
+            path: The file; its folder must exist.
+
+        Raises:
+            OSError: If it can't be written.
+
         Example:
             >>> import tempfile, torch
             >>> from pairclip import Evaluation, evaluate_embeddings
@@ -216,13 +222,17 @@ class Evaluation:
             >>> same.recall_at_1 == before.recall_at_1
             True
         """
-        content = {"format": _FORMAT} | self._content()
-        content["sha256"] = _files.checksum_of_fields(content)
-        _files.write_json(path, content)
+        _files.write_json(path, _files.sealed({"format": _FORMAT} | self._content()))
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> Evaluation:
         """Read what `to_json` wrote, to compare with it.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The evaluation.
 
         Raises:
             FileNotFoundError: If there is no such file.

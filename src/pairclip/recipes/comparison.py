@@ -146,7 +146,14 @@ falls by 0.250, more than the limit of 0.01.
         }
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Write `to_dict` to a file, whole or not at all; its folder must exist."""
+        """Write `to_dict` to a JSON file, whole or not at all.
+
+        Args:
+            path: The file; its folder must exist.
+
+        Raises:
+            OSError: If it can't be written.
+        """
         write_json(path, self.to_dict(), indent=1)
 
 
