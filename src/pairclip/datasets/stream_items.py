@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,6 +83,7 @@ class PixelBatch(NamedTuple):
     unreadable: list[Problem]
 
 
+@dataclass(eq=False)
 class Decoder(Dataset[Any]):
     """Pixel values and labels of a batch; what is random follows from the places of its items.
 
@@ -92,13 +94,11 @@ class Decoder(Dataset[Any]):
         skips: Whether another image of its class takes the place of one that can't be read.
     """
 
-    def __init__(
-        self, preprocess: Callable[[Any], Tensor], seed: int, notices: Notices, *, skips: bool
-    ) -> None:
-        self.preprocess = preprocess
-        self.seed = seed
-        self.notices = notices
-        self.skips = skips
+    preprocess: Callable[[Any], Tensor]
+    seed: int
+    notices: Notices
+    _: KW_ONLY
+    skips: bool
 
     def __getitems__(self, batch: StreamBatch) -> PixelBatch:
         """The batch (a `DataLoader` asks for its items at once)."""

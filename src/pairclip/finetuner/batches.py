@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -80,6 +81,7 @@ class TrainingItems(Dataset[tuple[Tensor, int, int]]):
         return self.images[key.item]
 
 
+@dataclass(eq=False)
 class RunBatches:
     """One process's slices of a run's batches; loading does not pause between epochs.
 
@@ -103,26 +105,15 @@ class RunBatches:
         TypeError: If it yields something other than batches of indices.
     """
 
-    def __init__(
-        self,
-        sampler: BatchSampler,
-        *,
-        num_items: int,
-        steps: range,
-        seed: int = 0,
-        process: int = 0,
-        num_processes: int = 1,
-        kept: KeptDeck | None = None,
-        digests: BatchDigests | None = None,
-    ) -> None:
-        self.sampler = sampler
-        self.num_items = num_items
-        self.steps = steps
-        self.seed = seed
-        self.process = process
-        self.num_processes = num_processes
-        self.kept = kept
-        self.digests = digests
+    sampler: BatchSampler
+    _: KW_ONLY
+    num_items: int
+    steps: range
+    seed: int = 0
+    process: int = 0
+    num_processes: int = 1
+    kept: KeptDeck | None = None
+    digests: BatchDigests | None = None
 
     def __len__(self) -> int:
         return len(self.steps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
@@ -20,6 +21,7 @@ from pairclip.finetuner.step import Trainer
 from pairclip.finetuner.stop_signals import StopSignals
 
 
+@dataclass(eq=False)
 class Loop:
     """Takes a fit from where it is to its end.
 
@@ -36,30 +38,17 @@ class Loop:
         signals: End it after a step, if one was caught.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        fit: FitState,
-        callbacks: Sequence[Callback],
-        *,
-        epoch_of: Callable[[int], int],
-        targets: Tensor | None,
-        digests: BatchDigests | None,
-        evaluate: Evaluate | None,
-        eval_every: int,
-        saver: Saver | None,
-        signals: StopSignals,
-    ) -> None:
-        self.trainer = trainer
-        self.fit = fit
-        self.callbacks = callbacks
-        self.epoch_of = epoch_of
-        self.targets = targets
-        self.digests = digests
-        self.evaluate = evaluate
-        self.eval_every = eval_every
-        self.saver = saver
-        self.signals = signals
+    trainer: Trainer
+    fit: FitState
+    callbacks: Sequence[Callback]
+    _: KW_ONLY
+    epoch_of: Callable[[int], int]
+    targets: Tensor | None
+    digests: BatchDigests | None
+    evaluate: Evaluate | None
+    eval_every: int
+    saver: Saver | None
+    signals: StopSignals
 
     def train(self, batches: Iterable[tuple[Tensor, Tensor, Tensor | None]]) -> bool:
         """Take the steps that are left; whether the end was reached, not a stop signal."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,28 +29,19 @@ from pairclip.finetuner.targets import write_targets
 from pairclip.history import History
 
 
+@dataclass(eq=False)
 class Saver:
     """The checkpoints of one fit."""
 
-    def __init__(
-        self,
-        directory: Path,
-        every: int,
-        keep: int,
-        trainer: Trainer,
-        fit: FitState,
-        feed: Feed,
-        callbacks: Sequence[Callback],
-    ) -> None:
-        self.directory = directory
-        self.every = every
-        self.keep = keep
-        self.trainer = trainer
-        self.fit = fit
-        self.feed = feed
-        self.callbacks = callbacks
-        self.identity: dict[str, Any] = {}
-        self._lock = ExitStack()
+    directory: Path
+    every: int
+    keep: int
+    trainer: Trainer
+    fit: FitState
+    feed: Feed
+    callbacks: Sequence[Callback]
+    identity: dict[str, Any] = field(init=False, default_factory=dict)
+    _lock: ExitStack = field(init=False, default_factory=ExitStack)
 
     def __enter__(self) -> None:
         """Make the folder, and lock it against other fits.
