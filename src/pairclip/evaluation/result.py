@@ -195,8 +195,7 @@ class Evaluation:
             del fields["unreadable"]
         few = len(self.class_names) <= _MOST_CLASSES and self.class_pairs is not None
         fields["class_similarity"] = self.class_similarity if few else None
-        plain: dict[str, Any] = _files.plain(fields)
-        return plain
+        return dict(_files.plain(fields))
 
     def _content(self) -> dict[str, Any]:
         return self._plain() | {
@@ -288,15 +287,15 @@ class Evaluation:
         return "\n\n".join(tables)
 
 
-def _check_comparable(baseline: Evaluation, evaluation: Evaluation) -> None:
-    before, after = baseline, evaluation
+def _check_comparable(before: Evaluation, after: Evaluation) -> None:
+    galleries: list[Any] = [before.gallery_labels, after.gallery_labels]  # None is equal to None
     if (before.num_images, before.class_names) != (after.num_images, after.class_names):
         raise ValueError(
             f"`baseline` must be of the same images, got {before.num_images} images of "
             f"{len(before.class_names)} classes against {after.num_images} of "
             f"{len(after.class_names)}{_first_other_name(before.class_names, after.class_names)}."
         )
-    if not _same_gallery(before.gallery_labels, after.gallery_labels):
+    if not np.array_equal(*galleries):
         raise ValueError("`baseline` must be of the same gallery, got another or one with none.")
     others = np.flatnonzero(before.labels != after.labels)
     if len(others):
@@ -316,12 +315,6 @@ def _check_comparable(baseline: Evaluation, evaluation: Evaluation) -> None:
             f"`baseline` must have the same evaluations in `also`, got {list(before.also)} "
             f"against {list(after.also)}."
         )
-
-
-def _same_gallery(before: IntArray | None, after: IntArray | None) -> bool:
-    if before is None or after is None:
-        return before is after
-    return np.array_equal(before, after)
 
 
 def _first_other_name(before: list[str], after: list[str]) -> str:
