@@ -71,6 +71,7 @@ class _Seeded:
 
     def __init__(self, images: FitImages, seed: int) -> None:
         self.images = images
+        self.labels, self.class_names = images.labels, images.class_names
         self.seed = seed
 
     def __len__(self) -> int:
