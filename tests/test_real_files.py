@@ -13,6 +13,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
+from enum import Enum, IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -614,6 +615,16 @@ def test_what_a_folder_has_besides_is_said(place: Path) -> None:
 # 10. Forms of datasets and labels
 
 
+class Kind(str, Enum):
+    FIRST = "ant"
+    SECOND = "bee"
+
+
+class Number(IntEnum):
+    FIRST = 0
+    SECOND = 1
+
+
 def works(labels: Any) -> list[int]:
     return labels_of(([F] * 3, labels)).tolist()
 
@@ -634,6 +645,10 @@ def test_labels_may_have_many_forms() -> None:
         np.array([b"b", b"a", b"b"]),
         pandas.Series(["b", "a", "b"], dtype="category"),
         [np.str_("b"), "a", "b"],
+        [Kind.SECOND, Kind.FIRST, Kind.SECOND],
+        [Number.SECOND, Number.FIRST, Number.SECOND],
+        ["é".encode(), b"a", "é".encode()],
+        np.array(["é".encode(), b"a", "é".encode()]),
     ):
         assert works(labels) == [1, 0, 1]
 
@@ -650,6 +665,10 @@ def test_labels_may_have_many_forms() -> None:
         ([0.5, 1.0, 2.0], TypeError, "must be integers, got float64"),
         ([0.5, np.nan, 2.0], TypeError, "must be integers, got float64"),
         ([object()] * 3, TypeError, "all integers or all names, got object"),
+        ([10**30, 1, 2], ValueError, "must be integers of 64 bits, got 10000"),
+        (np.array([2**63, 1, 2], np.uint64), ValueError, r"below 2\*\*63, got 9223372036854775808"),
+        ("aba", TypeError, "one label per image, got str"),
+        (iter("aba"), TypeError, "one label per image, got str_ascii_iterator|str_iterator"),
     ],
 )
 def test_other_labels_have_words_of_their_own(

@@ -131,6 +131,8 @@ def label_array(name: str, value: Any) -> npt.NDArray[np.int64]:
         raise ValueError(_not_one_dimensional(name, array.shape))
     if array.dtype.kind not in "iub":
         raise TypeError(_not_integers(name, array.dtype))
+    if array.dtype == np.uint64 and int(array.max()) > np.iinfo(np.int64).max:
+        raise ValueError(f"`{name}` must be integers below 2**63, got {int(array.max())}.")
     return array.astype(np.int64, copy=False)
 
 

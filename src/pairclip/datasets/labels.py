@@ -27,7 +27,7 @@ def ids_and_names(labels: Any, length: int) -> tuple[Tensor, list[str] | None]:
         array = _plain(array)
     names: list[str] | None = None
     if array.dtype.kind in "UST":
-        strings = array.astype(str)
+        strings = _decoded(array) if array.dtype.kind == "S" else array.astype(str)
         missing = strings == ""
         unique, places = np.unique(strings[~missing], return_inverse=True)
         array = np.full(len(strings), MISSING)
@@ -51,7 +51,18 @@ def _as_array(labels: Any) -> npt.NDArray[Any]:
     if isinstance(labels, (list, tuple)):
         # NumPy would make the string 'nan' of a NaN, and '1' of the 1 in [1, "cat"].
         return np.fromiter(labels, dtype=object, count=len(labels))
-    return np.asarray(labels)
+    array = np.asarray(labels)
+    if not array.ndim:
+        raise TypeError(
+            "`labels` must be a list, an array or a column with one label per image, got "
+            f"{type(labels).__name__}."
+        )
+    return array
+
+
+def _decoded(names: npt.NDArray[Any]) -> npt.NDArray[np.str_]:
+    """Names that are bytes as text."""
+    return np.char.decode(names.astype(bytes), "utf-8", "surrogateescape")
 
 
 def _one_column(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -85,15 +96,19 @@ def _plain(objects: npt.NDArray[Any]) -> npt.NDArray[Any]:
     if kinds == {str}:
         return objects.astype(str)
     if kinds == {int}:
-        return objects.astype(np.int64)
+        return _integers(objects)
     missing = np.fromiter(map(is_missing, objects), dtype=bool, count=len(objects))
     kinds = set(map(type, objects[~missing]))
     if not kinds:
         return np.full(len(objects), MISSING)
     if all(issubclass(kind, str) for kind in kinds):
-        return np.where(missing, "", objects).astype(str)
+        # The text that it is: an Enum of names would be asked for another, and be cut.
+        pairs = zip(objects, missing, strict=True)
+        return np.array(["" if gone else str.__str__(name) for name, gone in pairs])
+    if all(issubclass(kind, bytes) for kind in kinds):
+        return _decoded(np.where(missing, b"", objects))
     if all(issubclass(kind, (int, np.integer, np.bool_)) for kind in kinds):
-        return np.where(missing, MISSING, objects).astype(np.int64)
+        return _integers(np.where(missing, MISSING, objects))
     if all(issubclass(kind, (float, np.floating, int, np.integer)) for kind in kinds):
         return np.where(missing, np.nan, objects).astype(np.float64)
     if not missing.any() and all(
@@ -114,6 +129,17 @@ def _plain(objects: npt.NDArray[Any]) -> npt.NDArray[Any]:
         f"`labels` must be all integers or all names, got {types}. Make names of all of them, for "
         "instance by `[str(label) for label in labels]`."
     )
+
+
+def _integers(objects: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    try:
+        return objects.astype(np.int64)
+    except OverflowError:
+        largest = max(objects, key=abs)
+        raise ValueError(
+            f"`labels` must be integers of 64 bits, got {largest}. Make names of all of them, for "
+            "instance by `[str(label) for label in labels]`."
+        ) from None
 
 
 def is_missing(value: Any) -> bool:
