@@ -5,7 +5,6 @@ import json
 import math
 import random
 from collections import Counter
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,7 +36,7 @@ from pairclip import (
     on_pairs,
 )
 from pairclip.callbacks import FitState
-from pairclip.embedding import pixel_batches
+from pairclip.datasets.loading import HostLoader
 from pairclip.finetuner import accelerators
 
 SQUARED = AllPairsCosineLoss(negatives="squared", positive_fraction=0.5)
@@ -231,10 +230,9 @@ def test_evaluations_load_in_workers_too(
 
     def seen(pixels: object, **options: object) -> object:
         loaders.append(options)
-        return pixel_batches(pixels, **options)
+        return HostLoader(pixels, **options)
 
-    module = import_module("pairclip.embedding.embed")  # its function has the same name
-    monkeypatch.setattr(module, "pixel_batches", seen)
+    monkeypatch.setattr("pairclip.embedding.pixels.HostLoader", seen)
     where = {"checkpoint_dir": tmp_path} if saves else {}
     Finetuner(tower, SQUARED).fit(
         images, batch_size=12, max_steps=1, eval_dataset=images, num_workers=1, **where

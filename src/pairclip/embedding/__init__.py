@@ -1,7 +1,7 @@
 """Embeddings of images by a tower, divided among processes."""
 
 from pairclip.embedding.embed import Precision, embed, embed_images
-from pairclip.embedding.pixels import Pixels, are_images, open_images, pixel_batches
+from pairclip.embedding.pixels import Pixels, are_images, open_images
 from pairclip.embedding.processes import Together, lost_processes_named, waiting_said
 
 __all__ = [
@@ -13,6 +13,5 @@ __all__ = [
     "embed_images",
     "lost_processes_named",
     "open_images",
-    "pixel_batches",
     "waiting_said",
 ]

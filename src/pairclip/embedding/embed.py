@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -16,11 +16,11 @@ from pairclip import _checks
 from pairclip._files import bytes_of
 from pairclip._progress import progress
 from pairclip.datasets import LabelledImages
-from pairclip.embedding.pixels import Pixels, open_images, pixel_batches
+from pairclip.embedding.pixels import batches_on, open_images
 from pairclip.embedding.processes import Together
 from pairclip.towers import VisionTower
 from pairclip.towers.modes import evaluating
-from pairclip.towers.preprocess import Preprocess, as_bytes
+from pairclip.towers.preprocess import Preprocess
 
 Precision = Literal["auto", "no", "bf16", "fp16"]
 # Batches whose embeddings are on their way from the device while it computes the next.
@@ -137,24 +137,19 @@ def embed(
     hidden = None if together.process == 0 else True  # None: where the output is no terminal
     bar = progress(total=count, desc="Embedding", unit="image", leave=False, disable=hidden)
     with together.telling(), bar, torch.inference_mode(), evaluating(tower):
-        loader: Iterable[Any] = pixel_batches(
-            Pixels(images, as_bytes if on_device else prepare),
+        batches = batches_on(
+            device,
+            images,
+            prepare,
+            share,
+            on_device=on_device,
             batch_size=batch_size,
             num_workers=num_workers,
             worker_init_fn=worker_init_fn,
-            share=share,
-            pin_memory=device.type == "cuda",
-            collate_fn=list if on_device else None,  # images of any size
         )
-        if on_device and (whole := _bytes_in_memory(images)) is not None:
-            loader = (whole[n : min(n + batch_size, share.stop)] for n in share[::batch_size])
         arriving: deque[tuple[int, Tensor, Any]] = deque()
         start = share.start
-        for batch in loader if len(share) else ():
-            if on_device:
-                pixels = prepare.on_device(batch, device)
-            else:
-                pixels = batch.to(device, non_blocking=True)
+        for pixels in batches:
             with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
                 embeddings = tower(pixels).float()
             if result is None:
@@ -172,17 +167,6 @@ def embed(
             rows = result[share.start : share.stop]
             _checks.check_finite("embeddings", rows, first_row=first_row)
     return _from_all(result, together, count, device)
-
-
-def _bytes_in_memory(images: LabelledImages) -> Tensor | None:
-    """Images that are one array or tensor of bytes, ``[N, 3, H, W]``, on whatever device."""
-    source = images.source
-    array = source.dataset[0] if source.in_memory else None
-    if isinstance(array, np.ndarray) and array.ndim == 4 and array.shape[3] == 3:
-        array = torch.from_numpy(array).permute(0, 3, 1, 2) if array.flags.writeable else None
-    if not isinstance(array, Tensor) or array.dtype != torch.uint8 or array.ndim != 4:
-        return None
-    return array if array.shape[1] == 3 and len(array) == len(images) else None
 
 
 def _dtype_of(precision: str, device: torch.device) -> torch.dtype | None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from pairclip.datasets import LabelledImages
 from pairclip.datasets.loading import HostLoader
-from pairclip.towers.preprocess import Preprocess
+from pairclip.towers.preprocess import Preprocess, as_bytes
 
 
 class Pixels(Dataset[Tensor]):
@@ -36,26 +37,49 @@ class Pixels(Dataset[Tensor]):
         return [self[index] for index in indices]
 
 
-def pixel_batches(
-    pixels: Pixels,
+def batches_on(
+    device: torch.device,
+    images: LabelledImages,
+    prepare: Any,
+    share: range,
     *,
+    on_device: bool,
     batch_size: int,
     num_workers: int,
-    worker_init_fn: Callable[[int], None] | None = None,
-    share: Sequence[int] | None = None,
-    pin_memory: bool = False,
-    collate_fn: Callable[[list[Tensor]], Any] | None = None,
-) -> HostLoader:
-    """All items, or a share, in order and in batches; no random generator is touched."""
-    return HostLoader(
-        pixels,
+    worker_init_fn: Callable[[int], None] | None,
+) -> Iterator[Tensor]:
+    """What a tower takes of a share of the images, in order and in batches, on its device."""
+    if not len(share):
+        return
+    if on_device and (whole := _bytes_in_memory(images)) is not None:
+        for start in share[::batch_size]:
+            yield prepare.on_device(whole[start : min(start + batch_size, share.stop)], device)
+        return
+    loader = HostLoader(
+        Pixels(images, as_bytes if on_device else prepare),
         batch_size=batch_size,
         num_workers=num_workers,
         worker_init_fn=worker_init_fn,
         sampler=share,
-        pin_memory=pin_memory,
-        collate_fn=collate_fn,
+        pin_memory=device.type == "cuda",
+        collate_fn=list if on_device else None,  # images of any size
     )
+    for batch in loader:
+        if on_device:
+            yield prepare.on_device(batch, device)
+        else:
+            yield batch.to(device, non_blocking=True)
+
+
+def _bytes_in_memory(images: LabelledImages) -> Tensor | None:
+    """Images that are one array or tensor of bytes, ``[N, 3, H, W]``, on whatever device."""
+    source = images.source
+    array = source.dataset[0] if source.in_memory else None
+    if isinstance(array, np.ndarray) and array.ndim == 4 and array.shape[3] == 3:
+        array = torch.from_numpy(array).permute(0, 3, 1, 2) if array.flags.writeable else None
+    if not isinstance(array, Tensor) or array.dtype != torch.uint8 or array.ndim != 4:
+        return None
+    return array if array.shape[1] == 3 and len(array) == len(images) else None
 
 
 def open_images(images: Any) -> LabelledImages:

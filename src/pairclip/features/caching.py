@@ -23,7 +23,8 @@ from pairclip._files import bytes_of, write_header
 from pairclip._progress import progress
 from pairclip._randomness import random_state
 from pairclip.datasets import LabelledImages
-from pairclip.embedding import Pixels, Together, pixel_batches
+from pairclip.datasets.loading import HostLoader
+from pairclip.embedding import Pixels, Together
 from pairclip.features.cached import FORMATS, CachedFeatures, checksum_of, seal_of
 from pairclip.towers import VisionTower
 from pairclip.towers.vision_tower import Trunk
@@ -129,7 +130,7 @@ def cache_features(
     rounds = range(0, len(pixels), together.processes * batch_size)
     starts = [s + together.process * batch_size for s in rounds]
     share = [i for s in starts for i in range(s, min(s + batch_size, len(pixels)))]
-    loader = pixel_batches(pixels, batch_size=batch_size, num_workers=num_workers, share=share)
+    loader = HostLoader(pixels, batch_size=batch_size, num_workers=num_workers, sampler=share)
     mine = _features(trunk, loader if share else (), dtype, starts)
     device = next(trunk.parameters()).device
     batches = _of_all(mine, rounds, together, device)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pairclip._vectors import unit_rows
 from pairclip.datasets import LabelledImages
-from pairclip.embedding import are_images, embed_images
+from pairclip.embedding import are_images, embed_images, open_images
 from pairclip.index.segments import ROWS, Segment
 from pairclip.towers import VisionTower
 
@@ -23,10 +22,7 @@ def images_of(name: str, dataset: Any) -> tuple[LabelledImages, bool]:
             f"`{name}` must be a dataset or a list of images, got the path '{dataset}'. List "
             "the files, for instance `sorted(Path(folder).rglob('*.jpg'))`."
         )
-    unlabelled = are_images(dataset)
-    if unlabelled:
-        dataset = (dataset, np.zeros(len(dataset), np.int64))
-    return LabelledImages(dataset), not unlabelled
+    return open_images(dataset), not are_images(dataset)
 
 
 def embedded(

@@ -11,8 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from pairclip import _checks
-from pairclip.datasets import LabelledImages
-from pairclip.embedding import are_images, embed
+from pairclip.embedding import embed, open_images
 from pairclip.towers import VisionTower
 
 # Values per weight that are looked at before each search, to notice a tower that was trained.
@@ -33,11 +32,9 @@ class Searcher:
             rows = queries[None] if queries.ndim == 1 else queries
             embeddings = _checks.as_embeddings("queries", rows, finite=True).detach().cpu()
         else:
-            images = [queries] if is_one(queries) else queries
-            if are_images(images):
-                images = (images, np.zeros(len(images), np.int64))
+            images = open_images([queries] if is_one(queries) else queries)
             # Alone, since it is one process of several that is asked.
-            embeddings = embed(self.checked_tower(), LabelledImages(images), alone=True)
+            embeddings = embed(self.checked_tower(), images, alone=True)
         if embeddings.shape[1] != size:
             raise ValueError(
                 f"`queries` must have the embedding size of the index, {size}, got "
