@@ -62,8 +62,8 @@ def model_card(
         "# Image tower",
         f"A `{kind}`{of} that turns images of {tower.image_size} x {tower.image_size} pixels into "
         f"embeddings of {tower.embedding_dim} numbers. It was saved by "
-        "[pairclip](https://pypi.org/project/pairclip), which tunes image towers with pairs of "
-        "images, so that those of one class are close.",
+        "pairclip, which tunes image towers with pairs of images, so that those of one class are "
+        "close.",
     ]
     lines += [f"**Data:** {dataset}"] * bool(dataset) + [f"**Recipe:** {recipe}"] * bool(recipe)
     if before or after:
