@@ -48,9 +48,9 @@ def faiss_of(pieces: Iterable[Tensor], count: int, factory: str, nprobe: int | N
             faiss.ParameterSpace().set_index_parameter(index, "nprobe", nprobe)
         if not index.is_trained:
             step = max(1, -(-count // _TRAINED_ON))
-            index.train(_array(unit_rows(torch.cat([block[::step] for block in blocks]))))
+            index.train(_units(torch.cat([block[::step] for block in blocks])))
         for block in blocks:
-            index.add(_array(unit_rows(block)))
+            index.add(_units(block))
     except RuntimeError as error:
         reason = re.split(r"Error: |\.(?:cpp|h):\d+: ", str(error))[-1].strip()
         given = f"`factory` {factory!r}" + (f" with `nprobe` {nprobe}" if nprobe else "")
@@ -106,6 +106,8 @@ class FaissIndex:
     def search(self, queries: Any, k: int = 10, *, min_score: float | None = None) -> Any:
         """Find images like `ImageIndex.search`: most similar first, and some may be missed.
 
+        To look at some classes only is left to the exact index.
+
         Args:
             queries: As for `ImageIndex.search`.
             k: How many to find for each; fewer where FAISS found no more.
@@ -145,7 +147,7 @@ class FaissIndex:
         """
         k = _checks.check_positive_int("k", k)
         embeddings = self._searcher.embeddings_of(queries, self.faiss.d)
-        scores, indices = self.faiss.search(_array(unit_rows(embeddings)), min(k, len(self)))
+        scores, indices = self.faiss.search(_units(embeddings), min(k, len(self)))
         return torch.from_numpy(scores), torch.from_numpy(indices)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -204,14 +206,13 @@ class FaissIndex:
             header = _read_header(folder)
             path = folder / header["file"]
             try:
-                damaged = _files.checksum(path) != header["file_sha256"]
-                tensors = None if damaged else _files.MappedTensors(path)
+                if _files.checksum(path) != header["file_sha256"]:
+                    raise ValueError(f"'{path}' is damaged: its checksum differs.")
+                tensors = _files.MappedTensors(path)
                 break
-            except FileNotFoundError as error:
+            except FileNotFoundError as error:  # written anew meanwhile, or truly missing
                 if _read_header(folder) == header:
                     raise FileNotFoundError(f"'{path}' is missing.") from error
-        if tensors is None:
-            raise ValueError(f"'{path}' is damaged: its checksum differs.")
         index = cls(
             _library().deserialize_index(tensors["faiss"].numpy()),
             labels=tensors["labels"].clone() if "labels" in tensors else None,
@@ -296,8 +297,9 @@ def _read_header(folder: Path) -> dict[str, Any]:
     return header
 
 
-def _array(rows: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
-    return rows.float().contiguous().numpy()
+def _units(rows: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Unit rows as FAISS takes them."""
+    return unit_rows(rows).float().contiguous().numpy()
 
 
 def _library() -> Any:
