@@ -528,9 +528,12 @@ def test_halves_refuse_what_is_not_theirs(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"`k` must be an integer, got 1\.0"):
         tower.split(1.0)
     for part, name in ((trunk, "trunk"), (head, "head")):
-        with pytest.raises(NotImplementedError, match=f"A {name} .* Save the tower that was split"):
+        message = f"A {name} .* isn't {{}} alone. Use the tower that was split"
+        with pytest.raises(NotImplementedError, match=message.format("saved")):
             part.save_pretrained(tmp_path / "head")
-    assert not (tmp_path / "head").exists()
+        with pytest.raises(NotImplementedError, match=message.format("exported")):
+            part.export_onnx(tmp_path / "head.onnx")
+    assert list(tmp_path.iterdir()) == []
     with pytest.raises(TypeError, match=r"features, got Image.*cache_features\(trunk, dataset"):
         head.preprocess(Image.new("RGB", (16, 16)))
     with pytest.raises(ValueError, match=r"must have shape \[5, 32\], got \[5, 16\]"):

@@ -58,6 +58,7 @@ def metrics_table(before: Evaluation | None, after: Evaluation, label: str = "Me
     )
     columns = ["value"] if before is None else ["before", "after", "change", "95 % interval"]
     head = element("thead", header("Metric", *columns))
+    among = "among the others" if after.gallery_labels is None else "in the gallery"
     groups = [
         element(
             "tbody",
@@ -68,17 +69,11 @@ def metrics_table(before: Evaluation | None, after: Evaluation, label: str = "Me
             ),
         )
         for title, metrics in [
-            (_search_title(after), QUERY_METRICS),
+            (f"Search: each image {among}", QUERY_METRICS),
             ("Pairs of images", PAIR_METRICS),
         ]
     ]
     return scrolling(label, element("table", head, *groups, class_="metrics"))
-
-
-def _search_title(evaluation: Evaluation) -> str:
-    if evaluation.gallery_labels is None:
-        return "Search: each image among the others"
-    return "Search: each image in the gallery"
 
 
 def meanings() -> Html:

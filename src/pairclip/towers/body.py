@@ -153,7 +153,9 @@ class Body(nn.Module):
         Adapters of PEFT are merged into the weights that are written; the tower keeps them. The
         folder is there whole or not at all. In one that exists, files of the same name are
         replaced and others stay. `load_tower` verifies the files by ``pairclip_checksums.json``,
-        which no other library reads; who changes one by hand deletes it.
+        which no other library reads; who changes one by hand deletes it. Where a library will
+        preprocess images otherwise than the tower, which has an `image_processor` of your own, a
+        warning says so.
 
         Args:
             folder: Where to write; made if it is missing.

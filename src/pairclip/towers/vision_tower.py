@@ -193,9 +193,16 @@ class _Half(VisionTower):
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> NoReturn:
         """Refuse: it would not be a model that a library knows."""
+        self._refuse("saved", "tower.save_pretrained(folder)")
+
+    def export_onnx(self, path: str | os.PathLike[str], **_: Any) -> NoReturn:
+        """Refuse: it would not be the whole way from pixel values to embeddings."""
+        self._refuse("exported", "tower.export_onnx(path)")
+
+    def _refuse(self, what: str, instead: str) -> NoReturn:
         raise NotImplementedError(
-            f"A {type(self).__name__.lower()} is a part of a tower and isn't saved alone. Save the "
-            "tower that was split, `tower.save_pretrained(folder)`: training the head trains it."
+            f"A {type(self).__name__.lower()} is a part of a tower and isn't {what} alone. Use the "
+            f"tower that was split, `{instead}`: training the head trains it."
         )
 
 
