@@ -150,6 +150,8 @@ def test_images_in_memory_go_to_the_device_as_they_are(tower, images, monkeypatc
     assert torch.equal(
         embed_images(tower, grey[..., None], batch_size=7, on_device=True), expected_of_grey
     )
+    backwards = embed_images(tower, pictures[::-1], batch_size=7)
+    assert torch.equal(embed_images(tower, pictures[::-1], batch_size=7, on_device=True), backwards)
     monkeypatch.setattr(LabelledImages, "__getitem__", None)
     tensor = torch.from_numpy(pictures).permute(0, 3, 1, 2)
     for given in (pictures, tensor, images):

@@ -720,6 +720,8 @@ def test_some_classes_alone(saved: Path) -> None:
             found = index.search(query, k=20, class_names=names)
             assert [match.index for match in found] == expected
             assert index.search(query, k=2, class_names=names) == found[:2]
+    twice = index_of(rows_of(3), labels=torch.arange(3), class_names=["ant", "bee", "ant"])
+    assert {match.index for match in twice.search(query, class_names=["ant"])} == {0, 2}
     with pytest.raises(ValueError, match=r"index's classes, got \['dog'\]. They are 'ant', 'b"):
         index.search(query, class_names=["ant", "dog"])
     with pytest.raises(TypeError, match="`class_names` must be a list of names, got 'ant'"):

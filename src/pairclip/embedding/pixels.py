@@ -76,7 +76,9 @@ def _bytes_in_memory(images: LabelledImages) -> Tensor | None:
     source = images.source
     array = source.dataset[0] if source.in_memory else None
     if isinstance(array, np.ndarray) and array.ndim == 4 and array.shape[3] == 3:
-        array = torch.from_numpy(array).permute(0, 3, 1, 2) if array.flags.writeable else None
+        # PyTorch shares no memory that it may not write to, or that goes backwards.
+        shared = array.dtype == np.uint8 and array.flags.writeable and min(array.strides) > 0
+        array = torch.from_numpy(array).permute(0, 3, 1, 2) if shared else None
     if not isinstance(array, Tensor) or array.dtype != torch.uint8 or array.ndim != 4:
         return None
     return array if array.shape[1] == 3 and len(array) == len(images) else None
