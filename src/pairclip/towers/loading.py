@@ -12,8 +12,13 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    PreTrainedModel,
+)
 
 from pairclip import _checks
 from pairclip._files import read_json
@@ -110,7 +115,7 @@ def load_tower(
 
         def check(config: Path) -> tuple[str, ...]:
             with _files_named(config.parent):
-                return _check_config(config, image_size)
+                return _check_config(config, read_json(config), image_size)
 
         folder = hub.folder_of(source, revision=revision, check=check)
         # What is loaded is the host's, whatever the default device is.
@@ -168,13 +173,14 @@ def _family(model_type: str) -> type[TransformersTower]:
     return next(families, TransformersTower)
 
 
-def _check_config(path: Path, image_size: int | None = None) -> tuple[str, ...]:
+def _check_config(
+    path: Path, config: dict[str, Any], image_size: int | None = None
+) -> tuple[str, ...]:
     """Refuse a model that is no image tower, or can't take the size, by its configuration alone.
 
     Returns:
         What the names of the weights begin with that are loaded; nothing if all are.
     """
-    config = read_json(path)
     if path.name == hub.OPEN_CLIP_CONFIG:
         needs("open_clip", "open-clip")
         return ()
@@ -223,33 +229,32 @@ def _read_once(folder: Path, processor: Any) -> tuple[Any, Any, Any]:
     """Kind of tower, model, and the image processor that was given or else saved, or None."""
     check_files(folder)  # first: what is damaged is not for another library to find
     folder = sentence_transformers.folder_of_model(folder)
-    config = folder / hub.CONFIG
-    content = read_json(config) if config.is_file() else {}
-    if "model_type" not in content:
+    path = folder / hub.CONFIG
+    config = read_json(path) if path.is_file() else {}
+    if "model_type" not in config:
         if (folder / hub.OPEN_CLIP_CONFIG).is_file():
             return OpenClipTower, open_clip_tower.read(folder), processor
-        if "architecture" in content:
+        if "architecture" in config:
             return TimmTower, timm_tower.read(folder), processor
-    if not config.is_file():
+    if not path.is_file():
         raise FileNotFoundError(
             f"'{folder}' has no config.json, so it is no model of transformers, open_clip or timm."
         )
-    _check_config(config)
-    family = _family(content["model_type"])
+    _check_config(path, config)
+    family = _family(config["model_type"])
     auto: Any = AutoImageProcessor
     with quiet():
-        model = _read_model(folder, family)
+        model = _read_model(folder, config, family)
         if processor is None and _has_image_processor(folder):
             processor = auto.from_pretrained(folder, trust_remote_code=False)
     return family, model, processor
 
 
-def _read_model(folder: Path, family: type[TransformersTower]) -> Any:
-    content = read_json(folder / hub.CONFIG)
-    if content["model_type"] in CONFIG_MAPPING:
-        config = AutoConfig.from_pretrained(folder)
-    else:  # a part of a model, which some versions name only by its class
-        config = _model_class(content).config_class.from_pretrained(folder)
+def _read_model(folder: Path, content: dict[str, Any], family: type[TransformersTower]) -> Any:
+    # A part of a model, some versions name only by its class.
+    named = content["model_type"] in CONFIG_MAPPING
+    kind = AutoConfig if named else _model_class(content).config_class
+    config = kind.from_pretrained(folder)
     if not hub.has_weights(folder):
         raise hub.without_weights(folder)
     whole = (folder / ranges.WHOLE).is_file() or not (folder / ranges.PART).is_file()
