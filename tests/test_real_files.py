@@ -663,6 +663,7 @@ def test_labels_may_have_many_forms() -> None:
         ([1, "cat", 2], TypeError, "all integers or all names, got int, str"),
         ([("a", "b")] * 3, ValueError, r"such as \('a', 'b'\). Join the parts of a name"),
         ([0.5, 1.0, 2.0], TypeError, "must be integers, got float64"),
+        ([np.inf, np.nan, 2.0], TypeError, "must be integers, got float64"),
         ([0.5, np.nan, 2.0], TypeError, "must be integers, got float64"),
         ([object()] * 3, TypeError, "all integers or all names, got object"),
         ([10**30, 1, 2], ValueError, "must be integers of 64 bits, got 10000"),

@@ -424,6 +424,10 @@ F = np.zeros((2, 2, 3), np.uint8)
         ((F, "x"), {}, ValueError, "Item 0 .* a name in `class_names`, got 'x'"),
         ((F, None), {}, ValueError, "must have a class id, .* got None"),
         ((F, -1), {}, ValueError, "must have a class id, .* got -1"),
+        ((F, 2**63), {}, ValueError, "must have a class id, .* got 9223372036854775808"),
+        ((F, torch.tensor([1, 2])), {}, ValueError, r"must have a class id, .* got tensor\(\[1, 2"),
+        ((F, b"\xff"), {}, ValueError, "Item 0 .* a name in `class_names`, got"),
+        ((F, "a"), {"class_names": ["a", "a"]}, ValueError, r"must be different names, got \['a'"),
         (
             {"jpg": F, "cls": 0},
             {},

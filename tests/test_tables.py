@@ -187,6 +187,17 @@ def test_paths_start_beside_the_table_or_in_the_working_directory(
     assert TableDataset("list.csv", root=folder, **options)[0][0].size == (6, 4)
 
 
+def test_integers_that_a_gap_elsewhere_made_floats_are_class_ids(folder: Path) -> None:
+    frame = pandas.DataFrame({"path": ["0.png"] * 3, "label": [3, 5, None], "fold": [0, 0, 1]})
+    frame.to_parquet(folder / "table.parquet")
+    options: dict[str, Any] = {"image": "path", "label": "label"}
+    assert TableDataset(folder / "table.parquet", **options).labels.tolist() == [3, 5, -1]
+    part = TableDataset(folder / "table.parquet", **options, split={"fold": 0})
+    assert (part.labels.tolist(), part.class_names) == ([3, 5], None)
+    with pytest.raises(TypeError, match="`labels` must be integers, got float64"):
+        TableDataset(frame.assign(label=[0.5, 1, 2]), **options, root=folder)
+
+
 def test_the_first_row_may_lack_its_image(folder: Path) -> None:
     (folder / "list.csv").write_text("path,label\n,a\n0.png,a\n")
     frame = pandas.DataFrame({"path": [None, folder / "0.png"], "label": ["a", "a"]})
@@ -205,6 +216,17 @@ def test_the_first_row_may_lack_its_image(folder: Path) -> None:
         ("oml.csv", {"split": "val"}, ValueError, r"one of \['train', 'validation'\] in a column"),
         ("oml.csv", {"split": {"fold": 1}}, ValueError, "no column 'fold'"),
         ("oml.csv", {"split": {"split": "x"}}, ValueError, "has no rows for split"),
+        ("oml.csv", {"label": []}, TypeError, r"must be names of columns, got 'path' and \[\]"),
+        ("oml.csv", {"image": 0}, TypeError, "must be names of columns, got 0 and 'label'"),
+        ("empty.csv", {}, ValueError, r"`table` '.*empty\.csv' can't be read: Empty CSV file"),
+        ("latin.csv", {}, ValueError, "can't be read: .* invalid UTF8 data. Text must be UTF-8"),
+        ("head.csv", {}, ValueError, r"^The table has no rows\.$"),
+        (
+            {"path": ["0.png"], "label": [0], "fold": [1]},
+            {"split": {"fold": [1]}},
+            TypeError,
+            r"a number for the column 'fold' of int64, got \[1\]",
+        ),
         ("missing.csv", {}, FileNotFoundError, "`table` must be a file, got"),
         ("0.png", {}, ValueError, r"must be a file \.csv, .*, got '0\.png'"),
         (7, {}, TypeError, "must be a path, or a table of pandas or pyarrow, got int"),
@@ -215,6 +237,9 @@ def test_wrong_tables_are_errors(
     folder: Path, table: Any, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     (folder / "oml.csv").write_text(OML)
+    (folder / "empty.csv").write_text("")
+    (folder / "head.csv").write_text("path,label\n")
+    (folder / "latin.csv").write_bytes("path,label\n0.png,é\n".encode("latin1"))
     if isinstance(table, str):
         table = folder / table
     elif isinstance(table, dict):

@@ -36,7 +36,8 @@ def ids_and_names(labels: Any, length: int) -> tuple[Tensor, list[str] | None]:
     elif array.dtype.kind == "f" and np.isnan(array).any():
         # Integers with a gap become floats in pandas, and through it elsewhere.
         whole = np.where(np.isnan(array), MISSING, array)
-        array = whole.astype(np.int64) if (whole == np.trunc(whole)).all() else array
+        exact = (whole == np.trunc(whole)) & (np.abs(whole) < 2.0**53)
+        array = whole.astype(np.int64) if exact.all() else array
     ids = _checks.label_array("labels", array)
     if len(ids) != length:
         raise ValueError(

@@ -167,12 +167,13 @@ def item_of(
         )
     image, label = item
     if isinstance(label, bytes):  # as a WebDataset has it, of a file that may end in a line break
-        label = label.decode().strip()
+        label = label.decode(errors="surrogateescape").strip()
     if isinstance(label, str):
         label = ids.get(label, int(label) if label.isdecimal() else label)
     if isinstance(label, (Tensor, np.ndarray, np.generic)):
-        label = label.item()
-    if not isinstance(label, int) or label == -1:
+        values = np.asarray(label).ravel().tolist()
+        label = values[0] if len(values) == 1 else label
+    if not isinstance(label, int) or label == -1 or not -(2**63) <= label < 2**63:
         raise ValueError(
             f"Item {position} of the stream must have a class id, or a name in `class_names`, "
             f"got {label!r}."

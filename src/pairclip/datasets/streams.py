@@ -114,6 +114,8 @@ class StreamBatches:
         self.class_names = None if class_names is None else list(class_names)
         self.seed = seed
         self._ids = {name: id_ for id_, name in enumerate(class_names or ())}
+        if class_names is not None and len(self._ids) < len(class_names):
+            raise ValueError(f"`class_names` must be different names, got {class_names!r}.")
         self._keys = image, label
         self._skips = on_error == "skip"
         self._unreadable: dict[Problem, None] = {}

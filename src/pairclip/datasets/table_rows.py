@@ -6,6 +6,8 @@ import importlib
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,16 @@ def rows_of(table: Any, split: Any, text: list[str]) -> Any:
     path = Path(table)
     if not path.exists():
         raise FileNotFoundError(f"`table` must be a file, got '{path}'.")
+    try:
+        return _read_file(path, split, text)
+    except arrow().ArrowInvalid as error:
+        raise ValueError(
+            f"`table` '{path}' can't be read: {error}. Text must be UTF-8, with a row of column "
+            "names first."
+        ) from error
+
+
+def _read_file(path: Path, split: Any, text: list[str]) -> Any:
     suffix = _suffix(path)
     wanted = [*text, "split", *BOXES, *([split] if isinstance(split, str) else split or ())]
     if suffix in (".csv", ".tsv"):
@@ -127,6 +139,11 @@ def rows_of_split(rows: Any, split: str | Mapping[str, Any]) -> Any:
         if pa.types.is_boolean(column.type):
             equal = compute.equal(column, bool(value))
         elif pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
+            if not isinstance(value, Real):
+                raise TypeError(
+                    f"`split` must give a number for the column {name!r} of {column.type}, got "
+                    f"{value!r}."
+                )
             equal = compute.equal(compute.cast(column, pa.float64()), float(value))
         else:
             equal = compute.equal(compute.cast(column, pa.string()), str(value))
@@ -145,6 +162,11 @@ def classes_of(rows: Any, labels: list[str], *, is_text: bool) -> tuple[Tensor, 
         column = compute.cast(column, column.type.value_type)
     if pa.types.is_temporal(column.type) or pa.types.is_decimal(column.type):
         column = compute.cast(column, pa.string())
+    if pa.types.is_floating(column.type):
+        # Integers with gaps are floats in pandas, and stay so in a split that has no gap.
+        there = compute.if_else(compute.is_nan(column), None, column)
+        with suppress(pa.lib.ArrowException):
+            column = compute.cast(there, pa.int64())
     if pa.types.is_integer(column.type) or pa.types.is_boolean(column.type):
         ids = compute.fill_null(compute.cast(column, pa.int64()), MISSING).to_numpy()
         return torch.from_numpy(np.array(ids)), None

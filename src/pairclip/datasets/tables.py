@@ -76,7 +76,11 @@ class TableDataset(Dataset[tuple[Image.Image, int]]):
         root: str | os.PathLike[str] | None = None,
         split: str | Mapping[str, Any] | None = None,
     ) -> None:
-        labels = [label] if isinstance(label, str) else list(label)
+        labels = [label] if isinstance(label, str) or not isinstance(label, Sequence) else [*label]
+        if not labels or not all(isinstance(name, str) for name in (image, *labels)):
+            raise TypeError(
+                f"`image` and `label` must be names of columns, got {image!r} and {label!r}."
+            )
         rows = rows_of(table, split, text=[image, *labels])
         check_names(rows.column_names, [image, *labels])
         if split is not None:
@@ -90,7 +94,9 @@ class TableDataset(Dataset[tuple[Image.Image, int]]):
                     stacklevel=2,
                 )
         if not rows.num_rows:
-            raise ValueError(f"The table has no rows for split {split!r}.")
+            raise ValueError(
+                "The table has no rows" + ("." if split is None else f" for split {split!r}.")
+            )
         beside = Path(table).parent if isinstance(table, (str, os.PathLike)) else None
         self.source = TableSource(
             self, rows, image, classes_of(rows, labels, is_text=is_text_file(table)), root, beside
