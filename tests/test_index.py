@@ -91,14 +91,22 @@ def test_search_is_exact_over_what_is_stored(dtype: torch.dtype, tmp_path: Path)
 
 
 def test_blocks_change_nothing_and_of_equals_the_first_is_found(monkeypatch) -> None:
-    index = index_of(torch.eye(5).repeat(6, 1).half())
-    queries = rows_of(4, 5)
+    rows = torch.eye(5).repeat(6, 1) * 2.0 ** (torch.arange(30) % 4)[:, None]
+    index, queries = index_of(rows.half()), rows_of(4, 5)
     scores, indices = index.nearest_neighbors(queries, k=17)
-    monkeypatch.setattr("pairclip.index.segments.ROWS", 7)
-    in_blocks = index.nearest_neighbors(queries, k=17)
-    assert torch.equal(in_blocks[0], scores)
-    assert torch.equal(in_blocks[1], indices)
+    monkeypatch.setattr("pairclip.index.segments.ROWS", 14)
+    monkeypatch.setattr("pairclip.index.segments._BLOCK", 7)
+    index = index_of(rows.half())
+    for _ in range(2):
+        in_blocks = index.nearest_neighbors(queries, k=17)
+        assert torch.equal(in_blocks[0], scores)
+        assert torch.equal(in_blocks[1], indices)
     assert torch.equal(indices[:, :6], indices[:, :1] % 5 + 5 * torch.arange(6))
+    fresh = index_of(rows.half())
+    for some in (index, fresh):
+        some.remove([29])
+        left = [[place for place in row if place != 29][:12] for row in indices.tolist()]
+        assert some.nearest_neighbors(queries, k=12)[1].tolist() == left
 
 
 def test_a_search_leaves_none_of_the_file_in_memory(tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ from pairclip import _checks
 from pairclip._files import MappedTensors, bytes_of
 from pairclip._vectors import highest, products, row_norms, unit_rows
 
-# Rows searched at once, which bounds the memory of a step.
-ROWS = 65536
 # Rows compared at once; more would leave the processor's cache, which costs a few queries most.
 _BLOCK = 2048
+# Rows searched at once, which bounds the memory of a step.
+ROWS = 32 * _BLOCK
 _QUERIES = 1024  # compared with them at once
 
 
@@ -80,7 +80,7 @@ class Segment:
     mapped: MappedTensors | None = None
     entry: dict[str, Any] | None = None
     left: Tensor | None = None
-    _lengths: Tensor | None = field(default=None, repr=False, compare=False)
+    _lengths: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.rows) if self.left is None else len(self.left)
@@ -109,19 +109,20 @@ class Segment:
         stay[places] = False
         self.left = stay.nonzero()[:, 0] if self.left is None else self.left[stay]
 
-    def pieces(self, wanted: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def pieces(self, wanted: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
         """Rows that are left, their lengths, and their places among these, some at a time.
 
-        With `wanted`, class ids, only images of these classes.
+        With `wanted`, class ids, only images of these classes. Without lengths where `lengths_of`
+        is to be asked for those of each block.
         """
-        lengths = self._all_lengths()
         if self.left is None and wanted is None:
             for start in range(0, len(self), ROWS):
                 piece = slice(start, start + ROWS)
                 rows = self.rows[piece]
-                yield rows, lengths[piece], torch.arange(start, start + len(rows), device="cpu")
+                yield rows, None, torch.arange(start, start + len(rows), device="cpu")
                 self._release(piece)
             return
+        lengths = self._all_lengths()
         places = torch.arange(len(self), device="cpu")
         if wanted is not None and self.labels is not None:
             places = torch.isin(self.kept(self.labels), wanted).nonzero()[:, 0]
@@ -131,19 +132,27 @@ class Segment:
             yield self.rows[numbers], lengths[numbers], some
             self._release(slice(int(numbers[0]), int(numbers[-1]) + 1))
 
+    def lengths_of(self, start: int, block: Tensor) -> Tensor:
+        """Of the rows of a block, near 1: found once, as that takes longer than a query.
+
+        Raises:
+            ValueError: If a row is not finite.
+        """
+        if start not in self._lengths:
+            lengths = row_norms(block.float())
+            if not lengths.isfinite().all():
+                _checks.check_finite("embeddings", block, first_row=start)
+            self._lengths[start] = lengths.where(lengths > 0, 1).float()
+        return self._lengths[start]
+
     def _all_lengths(self) -> Tensor:
-        """Of each row, near 1: found once, as dividing the rows takes longer than a query."""
-        if self._lengths is None:
-            self._lengths = torch.ones(len(self.rows), dtype=torch.float32, device="cpu")
-            for start in range(0, len(self.rows), ROWS):
-                piece = slice(start, start + ROWS)
-                blocks = self.rows[piece].split(_BLOCK)
-                lengths = torch.cat([row_norms(block.float()) for block in blocks])
-                if not lengths.isfinite().all():
-                    _checks.check_finite("embeddings", self.rows[piece], first_row=start)
-                self._lengths[piece] = lengths.where(lengths > 0, 1)
-                self._release(piece)
-        return self._lengths
+        starts = range(0, len(self.rows), _BLOCK)
+        for start in starts:
+            if start not in self._lengths:
+                block = slice(start, start + _BLOCK)
+                self.lengths_of(start, self.rows[block])
+                self._release(block)
+        return torch.cat([self._lengths[start] for start in starts])
 
     def _release(self, piece: slice) -> None:
         if self.mapped is not None:
@@ -180,9 +189,13 @@ def nearest(
             for start in range(0, len(rows), _BLOCK):
                 block = slice(start, start + _BLOCK)
                 these = buffer[: len(rows[block])].copy_(rows[block])
+                if lengths is None:
+                    of_rows = segment.lengths_of(int(places[start]), these)
+                else:
+                    of_rows = lengths[block]
                 for number, part in enumerate(parts):
                     scores, indices = best[number]
-                    new, columns = highest(products(part, these).div_(lengths[block]), k)
+                    new, columns = highest(products(part, these).div_(of_rows), k)
                     # Of equal scores the first image is kept.
                     scores, order = highest(torch.cat([scores, new], dim=1), k)
                     new_indices = places[block][columns] + first
