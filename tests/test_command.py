@@ -20,8 +20,10 @@ from transformers import CLIPVisionModelWithProjection
 
 import pairclip
 from pairclip.command import main
+from pairclip.command.data import open_split
 from pairclip.command.outputs import open_run
 from pairclip.command.running import obey, parser
+from pairclip.command.tuning import tune as tune_now
 from pairclip.evaluation import Change
 from pairclip.recipes import RecipeComparison, RecipeResult
 from pairclip.towers import random_tower
@@ -152,14 +154,73 @@ def test_ctrl_c_is_one_line_and_resume_continues(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    options = ("--batch-size", 8, "--max-steps", 2, "--output", tmp_path / "out", "--resume")
+    output = tmp_path / "out"
+    tune = ("tune", folder, "--model", model, "--output", output, "--max-steps", 2)
+    tune = (*tune, "--batch-size", 8)
+    begin_again = "Interrupted. No checkpoint was written yet: the same command starts from the"
     with monkeypatch.context() as patched:
         patched.setattr(pairclip.Finetuner, "fit", stop)
-        assert run("tune", folder, "--model", model, *options) == 130
+        assert run(*tune, "--resume") == 130
+    assert capsys.readouterr().err.splitlines()[-1] == f"{begin_again} beginning."
+    assert run(*tune, "--resume", "--seed", 1) == 0  # nothing is there that other settings harm
+    said = f"Nothing was kept of the run in '{output}', so it starts from the beginning."
+    assert said in capsys.readouterr().out
+    assert (output / "checkpoints" / "step-00000002").is_dir()
+    tower = (output / "tower" / "model.safetensors").read_bytes()
+
+    assert run(*tune, "--seed", 1) == 1
+    assert capsys.readouterr().err.rstrip().endswith("Give another folder, or --overwrite.")
+    assert run(*tune, "--resume", "--blend", 0.5) == 1
+    said = capsys.readouterr().err
+    assert "which had other settings: --blend was 0.8; --seed was 1. Give the same" in said
+    other = tmp_path / "other"
+    shutil.copytree(folder / "ant", other / "ant")
+    shutil.copytree(folder / "bee", other / "bee")
+    assert run("tune", other, *tune[2:], "--resume", "--seed", 1) == 1
+    assert "which had other settings: DATA is another one." in capsys.readouterr().err
+    assert run(*tune, "--resume", "--seed", 1, "--embed-batch-size", 7) == 0  # evaluates again
+    assert (output / "tower" / "model.safetensors").read_bytes() == tower
+
+    (output / "tower").rename(tmp_path / "tower")
+    (output / "metrics.json").unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(pairclip.Finetuner, "fit", stop)
+        assert run(*tune, "--resume", "--seed", 1) == 130
     said = capsys.readouterr().err.splitlines()
     assert said[-1] == "Interrupted. The same command continues from the last checkpoint."
-    assert run("tune", folder, "--model", model, *options) == 0
-    assert (tmp_path / "out" / "checkpoints" / "step-00000002").is_dir()
+
+
+def test_a_finished_run_without_checkpoints_is_not_trained_again(
+    folder: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    (output / "tower").mkdir(parents=True)
+    tune = ("tune", folder, "--model", model, "--output", output)
+    assert run(*tune, "--resume") == 1
+    said = capsys.readouterr().err
+    assert f"--output '{output}' holds a finished run (tower) without checkpoints, so" in said
+    assert "nothing to continue. Give another folder, or --overwrite instead of --resume." in said
+    (output / "tower").rmdir()
+    for made in ("checkpoints", "recipes"):
+        (output / made).mkdir()
+    assert run(*tune) == 1
+    assert "Give another folder, or --overwrite.\n" in capsys.readouterr().err
+    (output / "recipes" / "trial-1.json").touch()
+    assert run(*tune) == 1
+    assert "or --overwrite, or --resume to continue that run.\n" in capsys.readouterr().err
+
+
+def test_ctrl_c_while_recipes_are_tried_says_how_it_goes_on(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / "recipes").mkdir(parents=True)
+    (tmp_path / "out" / "recipes" / "trial-1.json").touch()
+    arguments = ["tune", str(folder), "--output", str(tmp_path / "out"), "--overwrite", "--compare"]
+    args = parser().parse_args(arguments)
+
+    def stop(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match="with --resume continues from the last recipe"):
+        tune_now(args, open_split("DATA", folder, args), stop)
 
 
 def test_evaluate_alone_and_against_another_tower(

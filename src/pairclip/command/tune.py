@@ -18,7 +18,8 @@ from pairclip.command.arguments import (
     whole_number,
 )
 from pairclip.command.models import load_model
-from pairclip.command.tuning import tune
+from pairclip.command.outputs import check_output
+from pairclip.command.tuning import RESULTS, tune
 
 # Defaults by recipe. Those of "preserving" served best in docs/forgetting.md.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -197,6 +198,7 @@ def check(args: argparse.Namespace) -> None:
     """Raise where arguments don't go together, and fill in what the recipe says of the rest."""
     if args.overwrite and args.resume:
         raise ValueError("--overwrite starts anew and --resume continues: give one of them.")
+    check_output(args.output, args, RESULTS)
     if args.negatives != "hinge" and args.margin is not None:
         raise ValueError(
             f"--margin {args.margin:g} would be ignored: it is for --negatives hinge, got "

@@ -43,8 +43,12 @@ def tune(
     try:
         return _tune(args, split, load, note)
     except KeyboardInterrupt:
+        place = outputs.place_to_continue(args.output)
+        if place is not None:
+            command = "The same command" + " with --resume" * (not args.resume)
+            raise KeyboardInterrupt(f"{command} continues from {place}.") from None
         raise KeyboardInterrupt(
-            "The same command continues from the last checkpoint."
+            "No checkpoint was written yet: the same command starts from the beginning."
             if args.resume
             else "With --resume there would be checkpoints to continue from."
         ) from None
