@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from pairclip import Evaluation, History, evaluate_embeddings
-from pairclip.evaluation.showing import similarity_order, with_clearest_classes
+from pairclip.evaluation.showing import pair_densities, similarity_order, with_clearest_classes
 from pairclip.plots import (
     drawing,
     plot_class_similarity,
@@ -44,7 +45,7 @@ def test_matrix_has_figures_in_its_cells_and_images_on_both_axes(tmp_path: Path)
     )
     cells = figure.axes[0]
     assert [text.get_text() for text in cells.texts] == [
-        f"{value:.2f}" for value in values.flatten().tolist()
+        f"{value:.2f}".replace("-", "\N{MINUS SIGN}") for value in values.flatten().tolist()
     ]
     shown = [axes.images[0].get_array() for axes in figure.axes if axes.images]
     thumbnails = [array for array in shown if array.shape == (8, 8, 3)]
@@ -87,7 +88,8 @@ def test_class_matrix_has_names_and_figures(tmp_path: Path) -> None:
         "c" * 17 + "…",
     ]
     assert axes.get_title() == HOSTILE
-    assert axes.texts[0].get_text() == f"{evaluation.class_similarity[0, 0]:.2f}"
+    value = f"{evaluation.class_similarity[0, 0]:.2f}"
+    assert axes.texts[0].get_text() == value.replace("-", "\N{MINUS SIGN}")
 
 
 @pytest.mark.filterwarnings("ignore:.*queries were left out")
@@ -137,15 +139,37 @@ def test_pairs_are_drawn_as_densities_on_the_same_axes(tmp_path: Path) -> None:
     for axes, evaluation in [(first, before), (second, after)]:
         heights, edges, _ = axes.patches[1].get_data()
         assert np.sum(heights * np.diff(edges)) == pytest.approx(1)
-        counts = evaluation.histogram.same
-        np.testing.assert_allclose(heights / heights.sum(), counts / counts.sum())
-        assert f"{evaluation.best_threshold:.2f}" in axes.texts[0].get_text()
-    assert [text.get_text() for text in first.get_legend().get_texts()] == [
-        "same class",
-        "different classes",
-    ]
+        joined = np.histogram(
+            evaluation.histogram.edges[:-1] + 1e-9, edges, weights=evaluation.histogram.same
+        )[0]
+        np.testing.assert_allclose(heights * np.diff(edges), joined / joined.sum())
+        assert len(heights) < 30  # of 180 pairs
+        names = [text.get_text() for text in axes.get_legend().get_texts()]
+        threshold = f"best threshold {evaluation.best_threshold:.2f}".replace("-", "\N{MINUS SIGN}")
+        assert names == ["same class", "different classes", threshold]
     low, high = first.get_xlim()
     assert -1.1 < low < high < 1.1
+
+
+def test_bins_are_the_narrower_the_more_pairs_there_are() -> None:
+    generator = torch.Generator().manual_seed(0)
+    widths = []
+    for count in (30, 300, 3000):
+        rows, labels = torch.randn(count, 8, generator=generator), torch.arange(count) % 3
+        densities = pair_densities(evaluate_embeddings(rows, labels))
+        for edges, heights in densities.values():
+            assert len(heights) >= 8
+            assert np.diff(edges).min() == pytest.approx(np.diff(edges)[0])
+            assert np.dot(heights, np.diff(edges)) == pytest.approx(1)
+        widths.append(np.diff(densities["same"].edges)[0])
+    assert widths[0] > 0.05
+    assert widths[2] == pytest.approx(0.01)
+    assert widths == sorted(widths, reverse=True)
+    collapsed = pair_densities(evaluate_embeddings(torch.ones(4, 2), [0, 0, 1, 1]))
+    assert {kind: len(each.heights) for kind, each in collapsed.items()} == {
+        "different": 1,
+        "same": 1,
+    }
 
 
 @pytest.mark.parametrize("classes", [1, 2, 120])
@@ -180,6 +204,33 @@ def test_neighbours_are_framed_and_marked_right_or_wrong(tmp_path: Path) -> None
             assert (green > red) == right
 
 
+def test_long_names_and_titles_have_the_room_there_is(tmp_path: Path) -> None:
+    evaluation = sample()
+    files = []
+    for number, picture in enumerate(pictures(40)):
+        files.append(str(tmp_path / f"{number} of the collection.png"))
+        Image.fromarray(picture).save(files[-1])
+    note = "before fine-tuning: drawings made by a program and a small tower trained on others"
+    figure = plot_retrieval((files, evaluation.labels), evaluation, queries=[6], k=3, title=note)
+    assert figure.axes[0].get_title().split("\n")[1] == "6 of the collec…"
+    values = torch.full((4, 4), -0.5)
+    figures = [
+        figure,
+        plot_similarity_matrix(pictures(4), values, names=["W" * 40, *"abc"], title=note),
+        plot_class_similarity(evaluation, title=note),
+        plot_pair_histogram(evaluation, title=note),
+        plot_history(History([{"step": 1, "loss": 0.5, "learning_rate": 0.1}]), title=note),
+    ]
+    for drawn in figures:
+        drawn.draw_without_rendering()
+        (title,) = [
+            text for text in drawn.findobj(Text) if note in text.get_text().replace("\n", " ")
+        ]
+        box = title.get_window_extent()
+        assert 0 <= box.x0 < box.x1 <= drawn.bbox.width
+        assert 0 <= box.y0 < box.y1 <= drawn.bbox.height
+
+
 def test_the_classes_take_turns_as_queries() -> None:
     evaluation = sample()
     figure = plot_retrieval((pictures(40), evaluation.labels), evaluation, queries=4, k=1)
@@ -195,6 +246,9 @@ def test_history_shows_loss_rate_and_evaluations(tmp_path: Path) -> None:
     np.testing.assert_array_equal(loss.lines[0].get_ydata(), [record["loss"] for record in steps])
     assert held_out.lines[0].get_xdata().tolist() == [40, 80]
     assert rate.get_xlabel() == "step"
+    for count in (1, 2, 9):
+        ticks = plot_history(History(steps[:count])).axes[-1].get_xticks()
+        assert all(tick == int(tick) for tick in ticks), ticks
     smooth = loss.lines[1]
     # The mean of three steps stands at the one in the middle.
     assert smooth.get_xdata()[0] == 2

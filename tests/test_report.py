@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import Subset
+from torchvision.datasets import ImageFolder
 
 from pairclip import (
     Evaluation,
@@ -172,7 +174,8 @@ def test_the_gallery_tells_what_became_of_the_queries(
     numbers = _shared_out([each.sum() for each in found.values()], 60)
     for (kind, expected), number in zip(found.items(), numbers, strict=True):
         assert sum(each["data-kind"] == kind for each in cases) == number
-        assert f"{number} of {expected.sum()} queries" in written.text()
+        of_all = f" of {expected.sum()}" if number < expected.sum() else ""
+        assert f"{number}{of_all} queries" in written.text()
     frames = [each["class"] for each in written.all("figure") if "hit" in each.get("class", "")]
     assert len(frames) == 10 * len(cases)
     assert set(frames) == {"hit right", "hit wrong"}
@@ -252,6 +255,39 @@ def test_further_evaluations_have_their_table(tmp_path: Path) -> None:
     assert len([each for each in page.all("table") if each.get("class") == "metrics"]) == 2
 
 
+def test_images_of_files_are_called_so(tower: VisionTower, tmp_path: Path) -> None:
+    names = [HOSTILE.replace("/", "_"), "a cat"]
+    for number, picture in enumerate(pictures(6)):
+        folder = tmp_path / "all" / names[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(folder / f"<i>{number}.png")
+    part = Subset(ImageFolder(str(tmp_path / "all")), [5, 1, 4, 0])
+    evaluation = evaluate(tower, part)
+    page = Page(write_report(tmp_path, None, evaluation, dataset=part, tower=tower))
+    assert not page.all("i")
+    titles = [attributes.get("title") for _, attributes in page.elements]
+    labels = [each.get("aria-label") for each in page.all("svg")]
+    for number in (5, 2, 3, 0):
+        path = str(tmp_path / "all" / names[number % 2] / f"<i>{number}.png")
+        assert ("small", f"<i>{number}.png") in page.texts
+        assert path in titles
+        assert f"{names[number % 2]}, {path}" in titles
+        assert f"query: {names[number % 2]}, {path}" in labels
+    assert not re.search(r"image \d", page.text())
+
+
+def test_a_kind_without_queries_has_none(tmp_path: Path) -> None:
+    flat, apart = (evaluation(0, spread) for spread in (1.0, 0.01))
+    page = Page(write_report(tmp_path, flat, apart, dataset=(pictures(80), flat.labels)))
+    titles = [text for tag, text in page.texts if tag in ("h3", "p")]
+    for title in ("Right before, wrong after", "Wrong before and after"):
+        assert titles[titles.index(title) + 1] == "None."
+    assert [text for tag, text in page.texts if tag == "option"][:2] == [
+        "all",
+        "Wrong before, right after",
+    ]
+
+
 def test_other_images_are_refused(evaluations: tuple[Evaluation, ...], tmp_path: Path) -> None:
     before, after = evaluations
     with pytest.raises(ValueError, match="`baseline` must be of the same images"):
@@ -313,17 +349,25 @@ def test_features_are_not_shown_as_images(tower: VisionTower, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
     [
-        (0.66, 0.97, "0.7 0.75 0.8 0.85 0.9 0.95"),
-        (0.98, 1.0004, "0.98 0.985 0.99 0.995 1"),
-        (0.99, 1.0, "0.99 0.992 0.994 0.996 0.998 1"),
-        (-1, 1, "-1 -0.5 0 0.5 1"),
-        (1, 3, "1 1.5 2 2.5 3"),
+        (0.66, 0.97, "0.70 0.75 0.80 0.85 0.90 0.95"),
+        (0.98, 1.0004, "0.980 0.985 0.990 0.995 1.000"),
+        (0.99, 1.0, "0.990 0.992 0.994 0.996 0.998 1.000"),
+        (-1, 1, "-1.0 -0.5 0.0 0.5 1.0"),
         (1, 4000, "1000 2000 3000 4000"),
     ],
 )
 def test_axes_have_round_values_told_apart(low: float, high: float, expected: str) -> None:
     axes = "".join(map(str, _axes(_Frame((low, high), (0, 1)), "x")))
     assert " ".join(re.findall(r'class="tick">([^<]*)<', axes)) == f"{expected} x"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(1, 2, "1 2"), (1, 4, "1 2 3 4"), (1, 9, "1 2 3 4 5 6 7 8 9"), (1, 24, "5 10 15 20")],
+)
+def test_steps_are_whole(low: float, high: float, expected: str) -> None:
+    axes = "".join(map(str, _axes(_Frame((low, high), (0, 1)), "step", whole=True)))
+    assert " ".join(re.findall(r'class="tick">([^<]*)<', axes)) == f"{expected} step"
 
 
 def test_every_colour_can_be_read_on() -> None:

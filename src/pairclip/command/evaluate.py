@@ -108,10 +108,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             f"these), and {choice.match_rate:.1%} of those of one class."
         )
     if args.output is not None:
-        note = f"The images of {args.data}"
+        note = f"Images of {args.data}"
         note += "" if gallery is None else f", searched for in {args.gallery}"
-        note += f"; the tower {args.model}"
-        note += f", and before it {args.against}." if args.against else "."
+        note += f". Before: the tower {args.against}. After" if args.against else ". Evaluated"
+        note += f": the tower {args.model}."
         outputs.write_json(args.output / "metrics.json", metrics)
         page = pairclip.write_report(
             args.output,

@@ -6,7 +6,6 @@ import argparse
 import copy
 from functools import partial
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import pairclip
@@ -75,7 +74,8 @@ def _tune(
     process.wait_for_everyone()
     counts = f"{len(split.train):,} images to train on, {len(split.test):,} to evaluate on"
     say(f"{counts}: {split.said}.")
-    about = f"The tower {args.model}. {counts}: {split.said}." + (f" {note}." if note else "")
+    about = f"The tower {args.model}. {counts}: {split.said}."
+    about += f" {note[:1].upper()}{note[1:]}." if note else ""
     if args.compare and not _compare(tower, split, args, process.num_processes, say):
         return None
     if args.train_blocks is not None:
@@ -85,7 +85,7 @@ def _tune(
 
     loading = {"num_workers": args.num_workers, "batch_size": args.embed_batch_size}
     also = {} if split.held_out is None else {HELD_OUT: split.held_out}
-    pictures = _pictures_to_show(split.test)
+    pictures, names = _pictures_to_show(split.test)
     say("Evaluating before.")
     before = pairclip.evaluate(tower, split.test, also=also, **loading)
     similarity = {"before": pairclip.similarity_matrix(pairclip.embed_images(tower, pictures))}
@@ -119,7 +119,7 @@ def _tune(
             history=history,
             note=about,
         )
-        _draw(args.output, before, after, history, pictures, similarity, note, say)
+        _draw(args.output, before, after, history, pictures, names, similarity, note, say)
         say(f"\nThe tuned tower and the results are in {args.output}. Open {page} to see it all.")
     # A process that ends while another still works takes that one with it.
     process.wait_for_everyone()
@@ -206,12 +206,14 @@ def default_rate(tower: pairclip.VisionTower) -> float:
     return 6e-4 if size < 10_000_000 else 1e-5
 
 
-def _pictures_to_show(dataset: Any, count: int = 8) -> list[Any]:
-    """The first images of the first classes, two of each."""
+def _pictures_to_show(dataset: Any, count: int = 8) -> tuple[list[Any], list[str]]:
+    """The first images of the first classes, two of each, and the names of their classes."""
     images = pairclip.LabelledImages(dataset)
     labels = images.labels
     places = [i for label in labels.unique() for i in (labels == label).nonzero()[:2, 0].tolist()]
-    return [images[i][0] for i in places[:count]]
+    pictures, ids = zip(*(images[i] for i in places[:count]), strict=True)
+    names = images.class_names
+    return list(pictures), [str(i) if names is None else names[i] for i in ids]
 
 
 def _draw(
@@ -220,6 +222,7 @@ def _draw(
     after: pairclip.Evaluation,
     history: pairclip.History,
     pictures: list[Any],
+    names: list[str],
     similarity: dict[str, Any],
     note: str | None,
     say: Any,
@@ -227,13 +230,14 @@ def _draw(
     """The pictures; what can't be drawn is said."""
     from pairclip.evaluation.showing import with_clearest_classes  # not for --help
 
-    below = f"\n({shorten(note, 60, placeholder='…')})" if note else ""
+    below = f"\n({note})" if note else ""
     clearest = (before, after)[with_clearest_classes((before, after))]
     try:
         for when, evaluation in (("before", before), ("after", after)):
             pairclip.plot_similarity_matrix(
                 pictures,
                 similarity[when],
+                names=names,
                 title=f"Similarity of held-out images {when} fine-tuning{below}",
                 path=folder / f"similarity_{when}.png",
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -112,6 +113,12 @@ def class_name(evaluation: Evaluation, image: int) -> str:
     return evaluation.class_names[int(evaluation.labels[image])]
 
 
+def file_name(images: LabelledImages, image: int) -> tuple[str, str | None]:
+    """What an image is called where there is little room, and its whole path if it has one."""
+    path = images.source.known_path(image)
+    return (f"image {image}", None) if path is None else (os.path.basename(path), path)
+
+
 class Alike(NamedTuple):
     """Two images of different classes that are more similar than others of these classes."""
 
@@ -155,17 +162,39 @@ def classes_in_turn(classes: npt.NDArray[np.int64], places: Sequence[int]) -> li
     return [places[i] for i in np.argsort(turns, kind="stable")]
 
 
-def pair_densities(evaluation: Evaluation) -> dict[str, npt.NDArray[np.float64]]:
-    """Either kind of pair over the bins of the histogram, as an area of 1, or 0 without a pair.
+class Density(NamedTuple):
+    """Pairs over bins of similarity, as an area of 1: ends ``[bins + 1]``, heights ``[bins]``."""
 
-    The many pairs of different classes would otherwise hide the few of one class.
+    edges: npt.NDArray[np.float64]
+    heights: npt.NDArray[np.float64]
+
+
+def pair_densities(evaluation: Evaluation) -> dict[str, Density]:
+    """Each kind of pair that is there as a density, in bins as wide as its number wants them.
+
+    As counts the many pairs of different classes would hide the few of one class.
     """
     histogram = evaluation.histogram
-    widths = np.diff(histogram.edges)
+    kinds = {"different": histogram.different, "same": histogram.same}
     return {
-        kind: counts / (max(1, counts.sum()) * widths)
-        for kind, counts in (("different", histogram.different), ("same", histogram.same))
+        kind: _density(histogram.edges, counts) for kind, counts in kinds.items() if counts.any()
     }
+
+
+def _density(edges: npt.NDArray[np.float64], counts: npt.NDArray[np.int64]) -> Density:
+    """Neighbouring bins joined to the width of Freedman and Diaconis, 1981, but at least 8."""
+    total = int(counts.sum())
+    filled = np.flatnonzero(counts)
+    first, end = int(filled[0]), int(filled[-1]) + 1
+    quarters = np.interp([0.25, 0.75], np.concatenate([[0.0], counts.cumsum() / total]), edges)
+    width = 2 * float(np.ptp(quarters)) / total ** (1 / 3)
+    joined = int(width / ((edges[-1] - edges[0]) / len(counts)))
+    step = max(1, min(joined, (end - first) // 8))
+    # What is left at the end goes to the last bin: a sliver would stand out as a peak.
+    starts = first + step * np.arange(max(1, (end - first) // step))
+    ends = edges[[*starts, end]]
+    heights = np.add.reduceat(counts[:end], starts) / (total * np.diff(ends))
+    return Density(ends, heights)
 
 
 def pair_range(*evaluations: Evaluation) -> tuple[float, float]:

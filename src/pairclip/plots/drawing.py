@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import textwrap
+import unicodedata
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+import numpy as np
 
 from pairclip._files import whole_file
 
@@ -15,6 +19,8 @@ if TYPE_CHECKING:
 # Okabe and Ito's blue and vermilion, which colour-blind readers tell apart.
 SAME_COLOR = "#0072b2"
 DIFFERENT_COLOR = "#d55e00"
+TITLE_SIZE = 11
+_LETTER = 0.088  # inches of a letter of that size
 _EAST_ASIAN = {
     *("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans CJK KR", "Source Han Sans"),
     *("WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Droid Sans Fallback", "IPAexGothic"),
@@ -37,10 +43,19 @@ def new_figure(
 
 
 def shortened(name: str, length: int) -> str:
-    """A name on one line, cut to a length."""
+    """A name on one line, cut to a length; letters of East Asia are two wide."""
     # Lone surrogates, which undecodable folder names have, can't be drawn.
     name = " ".join(str(name).encode("utf-8", "replace").decode("utf-8").split())
-    return name if len(name) <= length else name[: length - 1] + "…"
+    ends = np.cumsum([1 + (unicodedata.east_asian_width(letter) in "WF") for letter in name])
+    if not len(name) or ends[-1] <= length:
+        return name
+    return name[: int((ends < length).sum())] + "…"
+
+
+def wrapped(title: str | None, width: float) -> str:
+    """A title in lines that fit a figure of this width in inches."""
+    most = max(20, int(width / _LETTER))
+    return "\n".join(textwrap.fill(line, most) for line in (title or "").splitlines())
 
 
 def saved(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:

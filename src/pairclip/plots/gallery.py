@@ -10,8 +10,8 @@ import numpy as np
 
 from pairclip import _checks
 from pairclip.evaluation import Evaluation
-from pairclip.evaluation.showing import class_name, classes_in_turn, hits, images_of
-from pairclip.plots.drawing import new_figure, saved, shortened
+from pairclip.evaluation.showing import class_name, classes_in_turn, file_name, hits, images_of
+from pairclip.plots.drawing import TITLE_SIZE, new_figure, saved, shortened, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _RIGHT = "#00794f"
 _WRONG = "#c1272d"
+_MOST_LETTERS = 16
 
 
 def plot_retrieval(
@@ -32,9 +33,10 @@ def plot_retrieval(
     title: str | None = None,
     path: str | os.PathLike[str] | None = None,
 ) -> Figure:
-    """Draw queries with the images nearest to them, right and wrong ones marked.
+    r"""Draw queries with the images nearest to them, right and wrong ones marked.
 
-    Those of the query's class have a green frame and a tick, others a red one and a cross.
+    Those of the query's class have a green frame and a tick, others a red one and a cross. A query
+    has its class above it, and the name of its file where the dataset tells.
 
     Args:
         dataset: The dataset that was evaluated.
@@ -62,7 +64,7 @@ def plot_retrieval(
         >>> images = np.zeros((4, 8, 8, 3), dtype=np.uint8)
         >>> figure = plot_retrieval((images, labels), evaluation, queries=[3], k=2)
         >>> [axes.get_title() for axes in figure.axes]
-        ['1', '✓ 1  1.00', '✗ 0  0.00']
+        ['1', '✓ 1\n1.00', '✗ 0\n0.00']
     """
     k = _checks.check_positive_int("k", k)
     most = evaluation.neighbors.shape[1]
@@ -70,11 +72,15 @@ def plot_retrieval(
         raise ValueError(f"`k` must be at most the {most} neighbours of the evaluation, got {k}.")
     images = images_of(evaluation, dataset, gallery)
     rows = _rows(evaluation, queries)
-    cell, head = 1.15, 0.45 if title else 0.05
-    figure = new_figure(cell * (k + 1) + 0.3, (cell + 0.2) * len(rows) + head)
+    named = [file_name(images.queries, int(evaluation.queries[row])) for row in rows]
+    cell, between = 1.15, 0.32
+    whole_width = cell * (k + 1) + 0.3
+    title = wrapped(title, whole_width)
+    head = 0.25 + 0.2 * len(title.splitlines()) if title else 0.05
+    figure = new_figure(whole_width, (cell + between) * len(rows) + head)
     width, height = figure.get_size_inches()
-    for line, row in enumerate(rows):
-        bottom = (height - head - (line + 1) * (cell + 0.2) + 0.08) / height
+    for line, (row, (file, file_path)) in enumerate(zip(rows, named, strict=True)):
+        bottom = (height - head - (line + 1) * (cell + between) + 0.08) / height
 
         def place(column: int, bottom: float = bottom) -> Axes:
             left = 0.1 + column * cell + (0.1 if column else 0)
@@ -82,14 +88,18 @@ def plot_retrieval(
             return figure.add_axes((left / width, bottom, side / width, side / height))
 
         query = int(evaluation.queries[row])
-        name = shortened(class_name(evaluation, query), 11)
+        name = shortened(class_name(evaluation, query), _MOST_LETTERS)
+        if file_path is not None:
+            name += f"\n{shortened(file, _MOST_LETTERS)}"
         _draw(place(0), images.queries[query][0], name, "black")
         for column, hit in enumerate(hits(evaluation, row, k), 1):
-            caption = f"{hit.mark} {shortened(hit.class_name, 11)}  {hit.score:.2f}"
+            caption = f"{hit.mark} {shortened(hit.class_name, _MOST_LETTERS - 2)}\n{hit.score:.2f}"
             color = _RIGHT if hit.is_right else _WRONG
             _draw(place(column), images.gallery[hit.image][0], caption, color)
     if title:
-        figure.text(0.5, 1 - 0.1 / height, title, ha="center", va="top", size=11, parse_math=False)
+        figure.text(
+            0.5, 1 - 0.1 / height, title, ha="center", va="top", size=TITLE_SIZE, parse_math=False
+        )
     return saved(figure, path)
 
 

@@ -15,7 +15,7 @@ from pairclip.datasets import as_rgb
 from pairclip.evaluation import Evaluation
 from pairclip.evaluation.showing import similarity_order
 from pairclip.evaluation.wording import as_text
-from pairclip.plots.drawing import new_figure, saved, shortened
+from pairclip.plots.drawing import TITLE_SIZE, new_figure, saved, shortened, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,7 +44,7 @@ def plot_similarity_matrix(
     Args:
         images: N images of any kind that `LabelledImages` takes; 4 to 16 are legible.
         similarity: Cosines ``[N, N]``, as from `similarity_matrix`.
-        names: A name per image, written under it.
+        names: A name per image, such as its class, written above it.
         title: Written above.
         path: File to save the picture to; its ending is the format.
 
@@ -68,8 +68,10 @@ def plot_similarity_matrix(
     if names is not None and len(names) != count:
         raise ValueError(f"`names` must have one name per image, got {len(names)} for {count}.")
     cell = 0.8
-    left, top, right, bottom = 1.3, 1.0 + (0.45 if title else 0), 1.1, 0.25
     size = cell * count
+    left, right, bottom = 1.3, 1.1, 0.25
+    title = wrapped(title, left + size + right)
+    top = 1.0 + (0.25 + 0.2 * len(title.splitlines()) if title else 0)
     figure = new_figure(left + size + right, top + size + bottom)
     width, height = figure.get_size_inches()
     axes = figure.add_axes((left / width, bottom / height, size / width, size / height))
@@ -100,7 +102,9 @@ def plot_similarity_matrix(
     )
     _color_bar(figure, cells, cax=bar)
     if title:
-        figure.text(0.5, 1 - 0.1 / height, title, ha="center", va="top", size=11, parse_math=False)
+        figure.text(
+            0.5, 1 - 0.1 / height, title, ha="center", va="top", size=TITLE_SIZE, parse_math=False
+        )
     return saved(figure, path)
 
 
@@ -158,7 +162,7 @@ def plot_class_similarity(
         axes.set_xticks(range(count), names, rotation=90, size=text_size, parse_math=False)
         axes.set_yticks(range(count), names, size=text_size, parse_math=False)
     if title:
-        axes.set_title(title, size=11, parse_math=False)
+        axes.set_title(wrapped(title, size + 1), size=TITLE_SIZE, parse_math=False)
     _color_bar(figure, cells, fraction=0.046, pad=0.03)
     return saved(figure, path)
 
@@ -187,12 +191,15 @@ def _draw_cells(axes: Axes, values: npt.NDArray[Any], *, written: bool) -> Any:
     for row, column in np.ndindex(*values.shape):
         value = values[row, column]
         red, green, blue, _ = cells.cmap(cells.norm(value))
+        text = as_text(value, 2)
+        if value < 0:  # as the colour bar has it; a value that isn't defined stays a dash
+            text = text.replace("-", "\N{MINUS SIGN}")
         # Relative luminance: white values on dark cells, black on light ones.
         dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.45
         axes.text(
             column,
             row,
-            as_text(value, 2),
+            text,
             ha="center",
             va="center",
             size=_TEXT_SIZE,

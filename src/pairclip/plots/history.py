@@ -9,7 +9,7 @@ import numpy as np
 
 from pairclip.evaluation.showing import TRACKED
 from pairclip.finetuner import History
-from pairclip.plots.drawing import new_figure, saved
+from pairclip.plots.drawing import TITLE_SIZE, new_figure, saved, wrapped
 from pairclip.retrieval import METRICS
 
 if TYPE_CHECKING:
@@ -72,11 +72,12 @@ def plot_history(
     rows[-1].set_ylim(bottom=0)
     rows[-1].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     rows[-1].set_xlabel("step")
+    rows[-1].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     for axes in rows:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="0.92")
     if title:
-        rows[0].set_title(title, size=11, parse_math=False)
+        rows[0].set_title(wrapped(title, 6.5), size=TITLE_SIZE, parse_math=False)
     return saved(figure, path)
 
 

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 
 from pairclip.evaluation import Evaluation
 from pairclip.evaluation.showing import pair_densities, pair_range
-from pairclip.plots.drawing import DIFFERENT_COLOR, SAME_COLOR, new_figure, saved
+from pairclip.plots.drawing import (
+    DIFFERENT_COLOR,
+    SAME_COLOR,
+    TITLE_SIZE,
+    new_figure,
+    saved,
+    wrapped,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +32,8 @@ def plot_pair_histogram(
     """Draw how similar the pairs of one class and of different classes are.
 
     Each kind of pair is drawn as a density, so that the many pairs of different classes don't
-    hide the few of one class. Both panels have the same axes.
+    hide the few of one class, in bins that are the wider the fewer pairs there are. Both panels
+    have the same axes.
 
     Args:
         before: The evaluation to draw.
@@ -57,33 +65,27 @@ def plot_pair_histogram(
     low, high = pair_range(*evaluations.values())
     panels[0].set_xlim(low, high)
     panels[0].set_ylim(bottom=0)
-    panels[0].legend(frameon=False)
     panels[-1].set_xlabel("cosine similarity of two images")
     if title:
-        figure.suptitle(title, size=11, parse_math=False)
+        figure.suptitle(wrapped(title, 7.5), size=TITLE_SIZE, parse_math=False)
     return saved(figure, path)
 
 
 def _draw(axes: Axes, evaluation: Evaluation) -> None:
-    edges, densities = evaluation.histogram.edges, pair_densities(evaluation)
+    densities = pair_densities(evaluation)
     for kind, label, color, line in [
         ("same", "same class", SAME_COLOR, "-"),
         ("different", "different classes", DIFFERENT_COLOR, "--"),
     ]:
-        if (density := densities[kind]).any():
-            axes.stairs(density, edges, fill=True, color=color, alpha=0.25)
-            axes.stairs(density, edges, color=color, linewidth=1.4, linestyle=line, label=label)
+        if kind in densities:
+            edges, heights = densities[kind]
+            axes.stairs(heights, edges, fill=True, color=color, alpha=0.25)
+            axes.stairs(heights, edges, color=color, linewidth=1.4, linestyle=line, label=label)
     threshold = evaluation.best_threshold
     if not math.isnan(threshold):
-        axes.axvline(threshold, color="0.25", linewidth=1, linestyle=":")
-        axes.text(
-            threshold,
-            0.98,
-            f" best threshold {threshold:.2f}",
-            transform=axes.get_xaxis_transform(),
-            va="top",
-            size=8,
-            color="0.25",
-        )
+        label = f"best threshold {threshold:.2f}".replace("-", "\N{MINUS SIGN}")
+        axes.axvline(threshold, color="0.25", linewidth=1, linestyle=":", label=label)
+    # Above the panel, where no peak is.
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8, frameon=False)
     axes.set_ylabel("density of pairs")
     axes.spines[["top", "right"]].set_visible(False)

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from pairclip.evaluation import Evaluation
-from pairclip.evaluation.showing import Alike, EvaluationImages, alike
+from pairclip.evaluation.showing import Alike, EvaluationImages, alike, file_name
 from pairclip.report.html import Html, element, section
 from pairclip.report.thumbnails import picture
 from pairclip.saliency import PairSaliency, occlusion_saliency
@@ -44,20 +44,28 @@ def _pair(pair: Alike, images: EvaluationImages, tower: VisionTower) -> Html:
     return element(
         "li",
         element("p", f"{one} and {other}: similarity {of_query.similarity:.2f}", class_="when"),
-        _image(query, f"{one}, image {pair.query}", of_query),
-        _image(neighbor, f"{other}, image {pair.neighbor}", of_neighbor),
+        _image(query, one, file_name(images.queries, pair.query), of_query),
+        _image(neighbor, other, file_name(images.gallery, pair.neighbor), of_neighbor),
     )
 
 
-def _image(image: Image.Image, caption: str, saliency: PairSaliency) -> Html:
+def _image(
+    image: Image.Image, class_name: str, name: tuple[str, str | None], saliency: PairSaliency
+) -> Html:
+    file, path = name
+    caption, whole = f"{class_name}, {file}", f"{class_name}, {path or file}"
     fall = float(saliency.falls.max())
     return element(
         "figure",
-        picture(_enlarged(image), _SIDE, caption),
+        picture(_enlarged(image), _SIDE, whole),
         picture(
-            highlighted(image, saliency.falls.numpy()), _SIDE, f"{caption}: the parts that count"
+            highlighted(image, saliency.falls.numpy()), _SIDE, f"{whole}: the parts that count"
         ),
-        element("figcaption", caption, element("small", f"falls by up to {max(fall, 0):.2f}")),
+        element(
+            "figcaption",
+            element("span", caption, class_="name", title=whole),
+            element("small", f"falls by up to {max(fall, 0):.2f}"),
+        ),
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pairclip.evaluation import Evaluation
-from pairclip.evaluation.showing import TRACKED, pair_densities, pair_range
+from pairclip.evaluation.showing import TRACKED, Density, pair_densities, pair_range
 from pairclip.evaluation.wording import as_text
 from pairclip.finetuner import History
 from pairclip.report.html import Html, element, joined, table
@@ -46,7 +46,7 @@ def pair_histograms(evaluations: dict[str, Evaluation]) -> Html:
     """Densities of the similarities of pairs beside each other, on the same axes."""
     low, high = pair_range(*evaluations.values())
     densities = {when: pair_densities(each) for when, each in evaluations.items()}
-    peak = max(float(values.max()) for each in densities.values() for values in each.values())
+    peak = max(float(kind.heights.max()) for each in densities.values() for kind in each.values())
     frame = _Frame((low, high), (0, 1.05 * peak))
     legend = element(
         "p",
@@ -80,7 +80,7 @@ def training(history: History) -> Html:
     chart = _chart(
         f"Loss of {len(history.steps)} steps, from {losses[0]:.3g} to {losses[-1]:.3g}.",
         element("path", d=frame.line(steps, losses), class_="line same"),
-        *_axes(frame, "step"),
+        *_axes(frame, "step", whole=True),
     )
     return element(
         "div",
@@ -93,19 +93,13 @@ def training(history: History) -> Html:
 def _histogram(
     when: str,
     evaluation: Evaluation,
-    densities: dict[str, npt.NDArray[np.float64]],
+    densities: dict[str, Density],
     frame: _Frame,
 ) -> Html:
-    edges = evaluation.histogram.edges
-    inside = (edges[1:] > frame.x[0]) & (edges[:-1] < frame.x[1])
     shapes = []
-    for kind, density in densities.items():
-        if not density.any():
-            continue
+    for kind, (edges, heights) in densities.items():
         # Each bin from its left to its right end, and down to the axis before and behind them.
-        xs = np.stack([edges[:-1][inside], edges[1:][inside]], axis=1).ravel().clip(*frame.x)
-        ys = np.repeat(density[inside], 2)
-        path = frame.line(np.pad(xs, 1, mode="edge"), np.pad(ys, 1))
+        path = frame.line(np.repeat(edges, 2), np.pad(np.repeat(heights, 2), 1))
         shapes += [
             element("path", d=path, class_=f"area {kind}"),
             element("path", d=path, class_=f"line {kind}"),
@@ -137,30 +131,33 @@ def _chart(label: str, *shapes: Html) -> Html:
     )
 
 
-def _axes(frame: _Frame, title: str) -> list[Html]:
-    """A base line with round values, and the name of the axis."""
+def _axes(frame: _Frame, title: str, *, whole: bool = False) -> list[Html]:
+    """A base line with round values, or whole ones alone, and the name of the axis."""
     floor = _HEIGHT - _BOTTOM
     marks = [
-        element("text", f"{x:g}", x=f"{frame.across(x):.1f}", y=floor + 15, class_="tick")
-        for x in _round_values(*frame.x)
+        element("text", text, x=f"{frame.across(x):.1f}", y=floor + 15, class_="tick")
+        for x, text in _round_values(*frame.x, whole=whole)
     ]
     base = element("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=floor, y2=floor, class_="axis")
     heights = [
-        element("text", f"{y:.3g}", x=_LEFT - 5, y=f"{frame.down(y) + 4:.1f}", class_="height")
-        for y in _round_values(*frame.y)
+        element("text", text, x=_LEFT - 5, y=f"{frame.down(y) + 4:.1f}", class_="height")
+        for y, text in _round_values(*frame.y)
     ]
     name = element("text", title, x=(_LEFT + _WIDTH - _RIGHT) / 2, y=_HEIGHT - 3, class_="tick")
     return [base, *marks, *heights, name]
 
 
-def _round_values(low: float, high: float) -> list[float]:
-    """Four to ten round numbers between two ends."""
-    power = 10 ** math.floor(math.log10(high - low))
-    for step in (power, power / 2, power / 5):
+def _round_values(low: float, high: float, *, whole: bool = False) -> list[tuple[float, str]]:
+    """Four to ten round numbers between two ends, with as many digits each; few whole ones."""
+    exponent = math.floor(math.log10(high - low))
+    for exponent_of_step, part in ((exponent, 1), (exponent - 1, 5), (exponent - 1, 2)):
+        if whole and exponent_of_step < 0:
+            break
+        step, digits = part * 10.0**exponent_of_step, max(0, -exponent_of_step)
         first, last = math.ceil(low / step), math.floor(high / step)
         if last - first >= 3:
             break
-    return [i * step for i in range(first, last + 1)]
+    return [(i * step, f"{i * step:.{digits}f}") for i in range(first, last + 1)]
 
 
 def _key(kind: str, text: str) -> Html:

@@ -33,9 +33,9 @@ def heatmaps(evaluations: dict[str, Evaluation]) -> Html:
         element(
             "p",
             f"Mean cosine of the images of two classes; on the diagonal, of two images of one "
-            f"class. {which} stand in an order that puts like ones together"
-            + (f" {list(evaluations)[clearest]}" if len(evaluations) > 1 else "")
-            + ", and the colours run from -1 to 1 in every picture.",
+            f"class. {which} are in an order that puts similar ones next to each other"
+            + (f", by their similarity {list(evaluations)[clearest]}" * (len(evaluations) > 1))
+            + ". The colours run from -1 to 1.",
             class_="intro",
         ),
         element(

@@ -13,6 +13,7 @@ from pairclip.evaluation.showing import (
     Hit,
     class_name,
     classes_in_turn,
+    file_name,
     hits,
     neighbor_is_right,
 )
@@ -42,12 +43,11 @@ def query_gallery(evaluations: dict[str, Evaluation], images: EvaluationImages) 
     for kind, number in zip(kinds, numbers, strict=True):
         queries = classes_in_turn(after.labels[after.queries], kind.rows.tolist())[:number]
         cases = [_case(kind, row, evaluations, images, thumbnails) for row in queries]
-        which = f", {kind.order}, the classes in turn" if number < len(kind.rows) else ""
         parts.append(
             element(
                 "section",
                 element("h3", kind.title),
-                element("p", f"{number:,} of {len(kind.rows):,} queries{which}.", class_="intro"),
+                element("p", _how_many(kind, number), class_="intro"),
                 element("ul", *cases[:_OPEN], class_="cases") if cases else None,
                 _folded(cases[_OPEN:]),
                 class_="kind",
@@ -57,6 +57,13 @@ def query_gallery(evaluations: dict[str, Evaluation], images: EvaluationImages) 
     return element(
         "div", thumbnails.stored(), _filters(kinds, after), *parts, class_="gallery", id="gallery"
     )
+
+
+def _how_many(kind: _Kind, number: int) -> str:
+    total = len(kind.rows)
+    if number < total:
+        return f"{number:,} of {total:,} queries, {kind.order}, the classes in turn."
+    return {0: "None.", 1: "1 query."}.get(total, f"{total:,} queries.")
 
 
 def _folded(cases: list[Html]) -> Html | None:
@@ -128,8 +135,11 @@ def _case(
         )
         for when, evaluation in evaluations.items()
     ]
-    picture = thumbnails.show(query, images.queries[query][0], f"query: {name}, image {query}")
-    caption = element("figcaption", name, " ", element("small", f"image {query}"))
+    file, path = file_name(images.queries, query)
+    picture = thumbnails.show(query, images.queries[query][0], f"query: {name}, {path or file}")
+    caption = element(
+        "figcaption", name, " ", element("small", file, class_="name", title=path or file)
+    )
     return element(
         "li",
         element("figure", picture, caption, class_="query"),
@@ -144,13 +154,16 @@ def _hit(hit: Hit, images: EvaluationImages, thumbnails: Thumbnails) -> Html:
     picture = images.gallery[hit.image][0]
     # Images of a gallery are numbered behind the queries.
     number = hit.image + (0 if images.gallery is images.queries else len(images.queries))
+    file, path = file_name(images.gallery, hit.image)
+    whole = f"{hit.class_name}, {path or file}"
     return element(
         "figure",
-        thumbnails.show(number, picture, f"{word}: {hit.class_name}, image {hit.image}"),
+        thumbnails.show(number, picture, f"{word}: {whole}"),
         element(
             "figcaption",
-            element("span", hit.mark, " ", hit.class_name, class_="name", title=hit.class_name),
+            element("span", f"{hit.mark}\N{NO-BREAK SPACE}{hit.class_name}", class_="name"),
             element("small", f"{hit.score:.2f}"),
+            title=whole,
         ),
         class_=f"hit {word}",
     )
@@ -161,7 +174,7 @@ def _filters(kinds: list[_Kind], evaluation: Evaluation) -> Html:
     present = np.unique(evaluation.labels[evaluation.queries]).tolist()
     return element(
         "form",
-        _choice("kind", "Show", [(kind.name, kind.title) for kind in kinds]),
+        _choice("kind", "Show", [(kind.name, kind.title) for kind in kinds if len(kind.rows)]),
         _choice(
             "class", "Class", [(str(place), evaluation.class_names[place]) for place in present]
         ),
