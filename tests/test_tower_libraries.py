@@ -1,6 +1,7 @@
 """Towers of open_clip, timm, sentence-transformers and other models of transformers."""
 
 import contextlib
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -492,6 +493,8 @@ def test_an_exported_tower_computes_the_same(dtype: torch.dtype, tmp_path: Path)
         assert_close(torch.tensor(embeddings), tower(pixels(16)), rtol=0, atol=tolerance)
     assert json.loads((tmp_path / "tower.json").read_text()) == report
     assert report["parity"]["images"] == 1
+    content = (tmp_path / "tower.onnx").read_bytes()
+    assert report["sha256"] == hashlib.sha256(content).hexdigest()
     with pytest.raises(ValueError, match=r"`path` must end with \.onnx"):
         tower.export_onnx(tmp_path / "tower.bin")
     with pytest.raises(ValueError, match=r"`dtype` must be torch\.float32 or torch\.float16"):

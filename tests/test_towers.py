@@ -16,6 +16,7 @@ import pytest
 import torch
 from kills import every_kill
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -454,15 +455,16 @@ def test_saving_into_a_folder_replaces_files_of_the_same_name(folder: Path) -> N
 
 
 @pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize("error", [OSError, SafetensorError])  # the library's own, on a full disk
 def test_a_failed_save_leaves_nothing_half_written(
-    existing: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+    error: type[Exception], existing: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tower = load_tower(folder)
     target = folder if existing else folder.with_name("new")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
     def full(*_: object, **__: object) -> None:
-        raise OSError("No space left on device")
+        raise error("No space left on device")
 
     monkeypatch.setattr(type(tower.image_processor), "save_pretrained", full)
     with pytest.raises(OSError, match="No space left"):

@@ -83,6 +83,9 @@ class Alignment:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it to a safetensors file, whole or not at all.
 
+        Raises:
+            OSError: If it can't be written.
+
         Example:
             >>> import tempfile, torch
             >>> from pairclip import Alignment, align

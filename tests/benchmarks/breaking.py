@@ -40,6 +40,7 @@ from kills import EVENTS, killed_at
 import pairclip
 from pairclip.checkpoints import write_checkpoint
 from pairclip.features import CachedFeatures, cache_features
+from pairclip.index import FaissIndex
 from pairclip.towers import random_tower
 
 SMALL = 5000  # bytes of a file whose every bit is flipped
@@ -54,6 +55,7 @@ class Kind:
     write: Callable[[Path, int], object]
     read: Callable[[Path], Any]  # gives 0 or 1, None where there is none
     shared: bool = True  # whether several may write it at once
+    sealed: bool = True  # whether its reader can tell a damage
 
 
 def digest(value: Any) -> str:
@@ -177,7 +179,90 @@ def evaluations() -> Kind:
     return Kind("evaluation", lambda folder, version: made[version].to_json(folder / "saved"), read)
 
 
-KINDS = (checkpoints, indices, features, towers, histories, evaluations)
+def alignments() -> Kind:
+    rows = [torch.randn(20, 4, generator=torch.Generator().manual_seed(v)) for v in range(2)]
+    made = [pairclip.align(each, each.flip(1)) for each in rows]
+
+    def read(folder: Path) -> int | None:
+        path = folder / "saved"
+        if not path.exists():
+            return None
+        weight = pairclip.Alignment.load(path).weight
+        return [each.weight.tolist() for each in made].index(weight.tolist())
+
+    return Kind("alignment", lambda folder, version: made[version].save(folder / "saved"), read)
+
+
+def approximate() -> Kind:
+    made = [
+        pairclip.ImageIndex(
+            torch.eye(5 + version),
+            labels=None,
+            class_names=None,
+            paths=[f"{version}/{i}" for i in range(5 + version)],
+            fingerprint="none",
+        ).to_faiss("Flat")
+        for version in range(2)
+    ]
+
+    def read(folder: Path) -> int | None:
+        if not (folder / "saved" / "faiss_index.json").exists():
+            return None
+        index = FaissIndex.load(folder / "saved")
+        version = len(index) - 5
+        assert index.paths == made[version].paths
+        assert index.search(torch.eye(5 + version)[3], k=1)[0].index == 3
+        return version
+
+    return Kind("faiss", lambda folder, version: made[version].save(folder / "saved"), read)
+
+
+def bytes_of(name: str, file: str, write: Callable[[Path, int], object]) -> Kind:
+    """A kind of file that others open, whose reader can't tell a damage: whole or not there."""
+    known = []
+    for version in range(2):
+        with tempfile.TemporaryDirectory() as folder:
+            write(Path(folder), version)
+            known.append((Path(folder) / file).read_bytes())
+
+    def read(folder: Path) -> int | None:
+        path = folder / file
+        return known.index(path.read_bytes()) if path.exists() else None
+
+    return Kind(name, write, read, sealed=False)
+
+
+def pages() -> Kind:
+    labels = torch.tensor([0, 0, 1, 1])
+    made = [pairclip.evaluate_embeddings(torch.eye(4) + v, labels) for v in range(2)]
+    write = lambda folder, version: pairclip.write_report(folder, None, made[version])  # noqa: E731
+    return bytes_of("page", "report.html", write)
+
+
+def pictures() -> Kind:
+    labels = torch.tensor([0, 0, 1, 1])
+    made = [pairclip.evaluate_embeddings(torch.eye(4) + v, labels) for v in range(2)]
+
+    def write(folder: Path, version: int) -> None:
+        pairclip.plot_class_similarity(made[version], path=folder / "saved.png")
+
+    return bytes_of("picture", "saved.png", write)
+
+
+def tables() -> Kind:
+    images = np.random.default_rng(0).integers(0, 256, (2, 20, 20, 3), dtype=np.uint8)
+    made = [pairclip.check_collection({"all": (images, [0, 1])}) for _ in range(2)]
+    for version, check in enumerate(made):
+        for item in check.items:
+            item.path = (__file__, _ranks.__file__)[version]  # any file
+    write = lambda folder, version: made[version].write_clean(folder / "saved.csv")  # noqa: E731
+    return bytes_of("table", "saved.csv", write)
+
+
+KINDS = (
+    *(checkpoints, indices, features, towers, histories, evaluations, alignments, approximate),
+    *(pages, pictures, tables),
+)
 
 
 def outcome(kind: Kind, folder: Path) -> str:
@@ -244,6 +329,8 @@ def failed_at(number: int, work: Callable[[], object]) -> bool:
 
 def damaged(kind: Kind, work: Path, count: int, bits: int) -> Counter[str]:
     """Random damages of each file, and single bits of small ones."""
+    if not kind.sealed:
+        return Counter()
     chance = random.Random(0)
     counts: Counter[str] = Counter()
     work.mkdir(parents=True)

@@ -182,6 +182,7 @@ class Check:
 
         Raises:
             ValueError: If an image is no file, which a table of paths can't name.
+            OSError: If it can't be written.
         """
         places = [place for place in range(len(self.items)) if place not in self.drop]
         file = io.StringIO()

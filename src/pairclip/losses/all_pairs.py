@@ -35,8 +35,9 @@ def all_pairs_cosine_loss(
     derivatives are not supported.
 
     Args:
-        embeddings: Shape ``[B, D]``, floating point, any length. A zero row has similarity 0
-            with everything and gradient 0. Half precision is computed in float32.
+        embeddings: Shape ``[B, D]``, floating point, of any length from 1e-37 to 1e38 (float64:
+            1e-150 to 1e150). A zero row has similarity 0 with everything and gradient 0. Half
+            precision is computed in float32.
         labels: Class of each row, shape ``[B]``, integer.
         negatives: Cost of a pair of different classes, as in `cosine_pair_loss`.
         margin: Similarity below which a pair of different classes costs nothing, in

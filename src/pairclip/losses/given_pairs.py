@@ -36,8 +36,9 @@ def cosine_pair_loss(
     - ``"squared"``: ``S ** 2``.
 
     Args:
-        a: One embedding per pair, shape ``[B, D]``, floating point, any length. A zero row has
-            similarity 0 with everything and gradient 0. Half precision is computed in float32.
+        a: One embedding per pair, shape ``[B, D]``, floating point, of any length from 1e-37
+            to 1e38 (float64: 1e-150 to 1e150). A zero row has similarity 0 with everything and
+            gradient 0. Half precision is computed in float32.
         b: The other embedding of each pair, like `a`.
         same: Whether the two are of one class, shape ``[B]``, bool or 0 and 1. Bool costs
             no check of its values.

@@ -48,8 +48,9 @@ def target_similarity_loss(embeddings: Tensor, targets: Tensor) -> Tensor:
     forward pass; second derivatives are not supported.
 
     Args:
-        embeddings: Shape ``[B, D]``, floating point, any length. A zero row has similarity 0
-            with everything and gradient 0. Half precision is computed in float32.
+        embeddings: Shape ``[B, D]``, floating point, of any length from 1e-37 to 1e38 (float64:
+            1e-150 to 1e150). A zero row has similarity 0 with everything and gradient 0. Half
+            precision is computed in float32.
         targets: Shape ``[B, K]``, numbers or bool, any length; constants. A zero row has
             target 0 with everything.
 

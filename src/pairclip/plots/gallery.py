@@ -54,6 +54,7 @@ def plot_retrieval(
     Raises:
         ValueError: If the dataset is another one, or a query or `k` is out of range.
         ImportError: If matplotlib is not installed.
+        OSError: If `path` can't be written.
 
     Example:
         >>> import numpy as np, torch

@@ -54,6 +54,7 @@ def plot_similarity_matrix(
     Raises:
         ValueError: If shapes don't fit.
         ImportError: If matplotlib is not installed.
+        OSError: If `path` can't be written.
 
     Example:
         >>> import numpy as np, torch
@@ -135,6 +136,7 @@ def plot_class_similarity(
     Raises:
         ValueError: If `order` is unknown, or of an evaluation of other classes.
         ImportError: If matplotlib is not installed.
+        OSError: If `path` can't be written.
 
     References:
         Bar-Joseph, Gifford and Jaakkola 2001, "Fast optimal leaf ordering for hierarchical

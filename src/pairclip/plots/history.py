@@ -32,6 +32,7 @@ def plot_history(
     Raises:
         ValueError: If the history has no step.
         ImportError: If matplotlib is not installed.
+        OSError: If `path` can't be written.
 
     Example:
         >>> from pairclip import History, plot_history

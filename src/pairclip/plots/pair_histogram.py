@@ -46,6 +46,7 @@ def plot_pair_histogram(
 
     Raises:
         ImportError: If matplotlib is not installed.
+        OSError: If `path` can't be written.
 
     Example:
         >>> import torch

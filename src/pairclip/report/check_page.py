@@ -46,6 +46,9 @@ def write_check_report(
     Returns:
         Path of the page.
 
+    Raises:
+        OSError: If the page can't be written; an earlier one is then as it was.
+
     Example:
         >>> import numpy as np, tempfile
         >>> from pairclip import check_collection

@@ -63,6 +63,7 @@ def write_report(
     Raises:
         ValueError: If the evaluations are of other images, `dataset` or `gallery` is another one,
             or there is a `gallery` or a `tower` without a `dataset`.
+        OSError: If the page can't be written; an earlier one is then as it was.
 
     Example:
         >>> import tempfile, torch

@@ -59,6 +59,7 @@ def write_search_report(
 
     Raises:
         ValueError: If there is not one path per result.
+        OSError: If the page can't be written; an earlier one is then as it was.
 
     Example:
         >>> import tempfile
@@ -88,7 +89,9 @@ def write_searches(
     note: str | None = None,
 ) -> Path:
     """Write several queries and what was found for each as ``search.html``."""
-    content = [part for search in searches for part in _parts(search, Path(folder).resolve())]
+    content = [
+        part for search in searches for part in _parts(search, Path(os.path.realpath(folder)))
+    ]
     return write_page(folder, "search.html", title, *content, note=note)
 
 

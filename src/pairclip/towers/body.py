@@ -162,6 +162,7 @@ class Body(nn.Module):
 
         Raises:
             FileExistsError: If `folder` is a file.
+            OSError: If it can't be written; an older model is then as it was.
             NotImplementedError: If no library loads such a model again.
         """
         save(self, folder)
@@ -183,8 +184,8 @@ class Body(nn.Module):
     ) -> dict[str, Any]:
         """Write an ONNX file from pixel values ``[B, 3, H, W]`` to embeddings ``[B, D]``, B free.
 
-        Beside it, in JSON, is how an image is preprocessed and how well onnxruntime agrees with
-        the tower. Needs the extra ``onnx``.
+        Beside it, in JSON, is its checksum, how an image is preprocessed and how well onnxruntime
+        agrees with the tower. Needs the extra ``onnx``.
 
         Args:
             path: File to write, which ends with ``.onnx``.
@@ -200,6 +201,7 @@ class Body(nn.Module):
             NotImplementedError: If the model can't be traced, or onnxruntime can't open what came
                 of it in float16.
             ImportError: If onnx or onnxruntime is not installed.
+            OSError: If a file can't be written.
         """
         return export_onnx(self, path, images=images, dtype=dtype)
 

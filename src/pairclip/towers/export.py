@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import io
 import os
 import subprocess
@@ -97,6 +98,7 @@ def export_onnx(
         "fingerprint": tower.fingerprint(),
         "dtype": str(dtype).removeprefix("torch."),
         "parity": {"images": len(pixels), "largest_difference": apart},
+        "sha256": hashlib.sha256(content).hexdigest(),  # tells the JSON of another file
     }
     with whole_file(path) as file:
         file.write(content)

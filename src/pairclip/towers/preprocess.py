@@ -72,18 +72,21 @@ class Preprocess:
             values += self.transform(images=piece, return_tensors="pt")["pixel_values"]
         return values
 
-    def on_device(self, images: Sequence[Tensor], device: torch.device) -> Tensor:
+    def on_device(self, images: Sequence[Tensor] | Tensor, device: torch.device) -> Tensor:
         """The pixel values of images that are bytes already, computed on a device.
 
         Args:
-            images: RGB as a person sees it, uint8 ``[3, H, W]`` each.
+            images: RGB as a person sees it, uint8 ``[3, H, W]`` each, or ``[B, 3, H, W]``.
             device: Where to resize and normalise.
 
         Returns:
             ``[B, 3, image_size, image_size]`` there: on the CPU those of a call for each image, and
             on another device at most two of 256 levels off, which `check_device` sees to.
         """
-        sent = [image.to(device, non_blocking=True) for image in images]
+        if isinstance(images, Tensor):
+            sent = [*images.to(device, non_blocking=True)]  # one copy instead of many
+        else:
+            sent = [image.to(device, non_blocking=True) for image in images]
         values: Tensor = self.transform(
             images=sent, device=device, input_data_format="channels_first", return_tensors="pt"
         )["pixel_values"]

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError
+
 from pairclip._files import (
     check_format,
     check_seal,
@@ -28,11 +30,14 @@ _CARD = "README.md"
 
 def save(tower: Body, folder: str | os.PathLike[str]) -> None:
     """Write as `VisionTower.save_pretrained` says."""
-    folder = Path(folder).resolve()  # of a link, what it leads to is replaced
+    folder = Path(os.path.realpath(folder))  # of a link, what it leads to is replaced
     if folder.is_file():
         raise FileExistsError(f"`folder` must be a folder, got the file '{folder}'.")
     with whole_folder(folder, keep_others=True, key="config.json") as new:
-        tower._write(new)
+        try:
+            tower._write(new)
+        except SafetensorError as error:  # a full disk, say
+            raise OSError(f"'{folder}' could not be written: {error}") from error
         files = sorted(path for path in new.rglob("*") if path.is_file())
         sums = {file.relative_to(new).as_posix(): checksum(file) for file in files}
         if not (folder / _CARD).exists():  # a person may have written more into it
