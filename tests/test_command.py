@@ -144,6 +144,20 @@ def test_tune_writes_a_tower_numbers_a_page_and_pictures(
     assert (output / "mine.txt").exists()
 
 
+def test_few_images_make_smaller_batches_and_a_larger_one_is_refused(
+    folder: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tune = ("tune", folder, "--model", model, "--test-fraction", 0.4, "--max-steps", 1)
+    assert run(*tune, "--output", tmp_path / "out") == 0  # no warning, either
+    assert "Batches have 18 of them." in capsys.readouterr().out
+    made = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert made["arguments"]["batch_size"] == 18
+    assert run(*tune, "--output", tmp_path / "other", "--batch-size", 50) == 1
+    error = capsys.readouterr().err
+    assert "--batch-size must be at most two per image, got 50 for the 18 images" in error
+    assert not (tmp_path / "other").exists()
+
+
 def test_ctrl_c_is_one_line_and_resume_continues(
     folder: Path,
     model: Path,

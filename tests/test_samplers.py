@@ -15,7 +15,7 @@ from scipy.stats import chisquare
 from torch.utils.data import DataLoader
 
 from pairclip import ClassBalancedSampler, PairSampler
-from pairclip.samplers import decks, pair_sampler
+from pairclip.samplers import batch_size_within, decks, pair_sampler
 
 checked = settings(deadline=None, derandomize=True, max_examples=100)
 
@@ -630,3 +630,22 @@ def test_the_example_of_the_decks_is_right():
     failed, attempted = doctest.testmod(decks)
     assert attempted > 3
     assert not failed
+
+
+@pytest.mark.parametrize(
+    ("counts", "most", "multiple_of", "expected"),
+    [
+        ([6, 6, 6], 256, 1, 18),
+        ([6, 6, 6], 256, 4, 12),  # 16 would be 4 classes of 4
+        ([30, 30, 1], 256, 1, 60),  # a class of one image is in no such batch
+        ([40, 3], 256, 1, 42),  # equally many would be 6
+        ([100, 100, 100], 256, 1, 252),
+        ([100, 100, 100], 128, 8, 128),
+        ([1, 1], 256, 4, 4),
+    ],
+)
+def test_few_images_make_the_largest_batch_of_equally_many(
+    counts: list[int], most: int, multiple_of: int, expected: int
+) -> None:
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    assert batch_size_within(labels, most, multiple_of) == expected

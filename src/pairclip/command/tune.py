@@ -19,24 +19,7 @@ from pairclip.command.arguments import (
 )
 from pairclip.command.models import load_model
 from pairclip.command.outputs import check_output
-from pairclip.command.tuning import RESULTS, tune
-
-# Defaults by recipe. Those of "preserving" served best in docs/forgetting.md.
-RECIPES: dict[str, dict[str, Any]] = {
-    "preserving": {
-        "batch_size": 256,
-        "preserve_similarities": 0.35,
-        "preserve_embeddings": 0.15,
-        "blend": 0.8,
-    },
-    "plain": {
-        "batch_size": 128,
-        "preserve_similarities": 0.0,
-        "preserve_embeddings": 0.0,
-        "blend": 1.0,
-    },
-}
-
+from pairclip.command.tuning import RECIPES, RESULTS, tune
 
 # What a recipe decides; None in the arguments where it wasn't given.
 _OF_RECIPES = ("max_steps", "learning_rate", "train_blocks", *RECIPES["plain"])
@@ -101,7 +84,8 @@ def add_settings(parser: argparse.ArgumentParser, *, output: Path | None) -> Non
         "--batch-size",
         type=whole_number(2),
         metavar="N",
-        help="images in a batch, over all processes (default: 256; plain 128)",
+        help="images in a batch, over all processes (default: 256; plain 128; fewer, where there "
+        "are fewer)",
     )
     add(
         "--micro-batch-size",

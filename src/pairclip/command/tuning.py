@@ -13,6 +13,22 @@ from pairclip.command import data, outputs
 from pairclip.command.data import Split
 from pairclip.command.index import image_files
 
+# Defaults by recipe. Those of "preserving" served best in docs/forgetting.md.
+RECIPES: dict[str, dict[str, Any]] = {
+    "preserving": {
+        "batch_size": 256,
+        "preserve_similarities": 0.35,
+        "preserve_embeddings": 0.15,
+        "blend": 0.8,
+    },
+    "plain": {
+        "batch_size": 128,
+        "preserve_similarities": 0.0,
+        "preserve_embeddings": 0.0,
+        "blend": 1.0,
+    },
+}
+
 HELD_OUT = "classes that were not trained on"
 RESULTS = (
     *("tower", "metrics.json", "report.html", "history.json", "history.png"),
@@ -65,6 +81,7 @@ def _tune(
     tower = load(process.device)
     if args.learning_rate is None:
         args.learning_rate = default_rate(tower)
+    said = "" if args.compare else _fit_batch_size(args, split.train, process.num_processes)
     if process.is_main_process:
         facts = {
             "tower": tower.fingerprint(),
@@ -73,7 +90,7 @@ def _tune(
         outputs.open_run(args.output, args, RESULTS, **facts | ({"note": note} if note else {}))
     process.wait_for_everyone()
     counts = f"{len(split.train):,} images to train on, {len(split.test):,} to evaluate on"
-    say(f"{counts}: {split.said}.")
+    say(f"{counts}: {split.said}.{said}")
     about = f"The tower {args.model}. {counts}: {split.said}."
     about += f" {note[:1].upper()}{note[1:]}." if note else ""
     if args.compare and not _compare(tower, split, args, process.num_processes, say):
@@ -158,6 +175,23 @@ def _compare(
     if not best.keep_share:
         args.keep = None
     return True
+
+
+def _fit_batch_size(args: argparse.Namespace, dataset: Any, processes: int) -> str:
+    """Lower the batch size that nobody chose to what few images make up; a sentence says so."""
+    from pairclip.samplers import batch_size_within  # not for --help
+
+    labels = pairclip.labels_of(dataset)
+    if args.batch_size != RECIPES[args.recipe]["batch_size"]:
+        if args.batch_size > 2 * len(labels):
+            raise ValueError(
+                f"--batch-size must be at most two per image, got {args.batch_size} for the "
+                f"{len(labels)} images to train on."
+            )
+    elif args.batch_size > len(labels):
+        args.batch_size = batch_size_within(labels, args.batch_size, processes)
+        return f" Batches have {args.batch_size} of them."
+    return ""
 
 
 def _prepare(

@@ -18,9 +18,9 @@ def default_sampler(
     _checks.check_positive_int("batch_size", batch_size)
     if pairs:
         return _pair_sampler(labels, batch_size, seed)
-    balanced = _balanced_sampler(labels, batch_size, seed)
-    if balanced is not None:
-        return balanced
+    shape = _equally_many(labels, batch_size)
+    if shape is not None:
+        return ClassBalancedSampler(labels, *shape, seed=seed)
     fallback = _pair_sampler(labels, batch_size, seed)
     warnings.warn(
         f"Batches of {batch_size} images can't hold equally many of several classes without "
@@ -42,8 +42,8 @@ def _pair_sampler(labels: Tensor, batch_size: int, seed: int) -> PairSampler:
     return PairSampler(labels, batch_size // 2, seed=seed)
 
 
-def _balanced_sampler(labels: Tensor, batch_size: int, seed: int) -> ClassBalancedSampler | None:
-    """P classes times K images that make up the batch: K from 4 on, else 3 or 2.
+def _equally_many(labels: Tensor, batch_size: int) -> tuple[int, int] | None:
+    """P classes and K images that make up the batch: K from 4 on, else 3 or 2.
 
     None where such batches would leave out a class that has two images.
     """
@@ -53,5 +53,20 @@ def _balanced_sampler(labels: Tensor, batch_size: int, seed: int) -> ClassBalanc
         classes = batch_size // samples
         divides = classes * samples == batch_size
         if divides and 2 <= classes <= len(counts) and bool((counts >= samples).all()):
-            return ClassBalancedSampler(labels, classes, samples, seed=seed)
+            return classes, samples
     return None
+
+
+def batch_size_within(labels: Tensor, most: int, multiple_of: int = 1) -> int:
+    """The largest batch of as many images of each class, at most `most` and all images.
+
+    Half the images at least: where classes allow no such batch, all of them, of which pairs are
+    made. It is even, and a multiple of what is wanted.
+    """
+    most = min(most, len(labels))
+    step = multiple_of if multiple_of % 2 == 0 else 2 * multiple_of
+    sizes = range(most - most % step, 0, -step)
+    for size in sizes:
+        if 2 * size >= most and _equally_many(labels, size) is not None:
+            return size
+    return max(sizes.start, step)
