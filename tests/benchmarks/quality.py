@@ -309,6 +309,11 @@ def table(rows: dict[str, list[dict[str, Any]]], blends: list[float]) -> str:
     return "\n".join(lines)
 
 
+# Told apart by those who see few colours, too: Okabe and Ito 2008, "Color Universal Design".
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+OUR_MARKERS, PEERS_MARKERS = "osDphH8", "x+1v^*d"
+
+
 def draw(rows: dict[str, list[dict[str, Any]]], blends: list[float], path: Path) -> None:
     """What is gained on the trained classes, against what is lost elsewhere."""
     import matplotlib.pyplot as plt
@@ -335,7 +340,10 @@ def draw(rows: dict[str, list[dict[str, Any]]], blends: list[float], path: Path)
         axes.axhline(0, color="0.8")
         for number, (method, results) in enumerate(list(rows.items())[1:]):
             peer = method.startswith("PML")
-            style = {"marker": "x" if peer else "o", "color": plt.get_cmap("tab20")(number % 20)}
+            style = {
+                "marker": (PEERS_MARKERS if peer else OUR_MARKERS)[number % len(OUR_MARKERS)],
+                "color": COLORS[number % len(COLORS)],
+            }
             line = points(results, place)
             axes.plot(*line, linestyle=":" if peer else "-", label=method, **style)
             for result in results[0]["by_rate"].values():
