@@ -183,3 +183,5 @@ def test_a_collection_without_faults_says_so() -> None:
     )
     with pytest.raises(ValueError, match="`parts` must have at least one dataset"):
         check_collection({})
+    with pytest.raises(TypeError, match="`parts` must be a dict of datasets by name, got list"):
+        check_collection([(images, [0, 0, 1, 1])])  # type: ignore[arg-type]

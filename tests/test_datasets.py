@@ -321,3 +321,8 @@ def test_several_datasets_at_once_are_refused() -> None:
 def test_it_can_be_sent_to_a_worker(folder: Path) -> None:
     data = pickle.loads(pickle.dumps(LabelledImages(Subset(ImageFolder(folder), [4, 0]))))
     assert data[0][1] == 2
+
+
+def test_a_subset_of_an_opened_pair_may_be_its_first_two() -> None:
+    images = LabelledImages((list(np.zeros((4, 8, 8, 3), np.uint8)), [0, 0, 1, 1]))
+    assert LabelledImages(Subset(images, [1, 0])).labels.tolist() == [0, 0]

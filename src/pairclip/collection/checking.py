@@ -55,6 +55,7 @@ def check_collection(
         What was found.
 
     Raises:
+        TypeError: If `parts` is no dict.
         ValueError: If `parts` is empty, or an argument is out of range.
 
     Example:
@@ -66,6 +67,8 @@ def check_collection(
         >>> check.findings["The same image in different classes"][0].items
         (0, 3)
     """
+    if not isinstance(parts, Mapping):
+        raise TypeError(f"`parts` must be a dict of datasets by name, got {type(parts).__name__}.")
     if not parts:
         raise ValueError("`parts` must have at least one dataset, got none.")
     datasets = {part: LabelledImages(images) for part, images in parts.items()}

@@ -138,7 +138,8 @@ class View(Composite):
 def _subset(dataset: Subset[Any]) -> View:
     whole = source_of(dataset.dataset)
     indices = torch.from_numpy(np.array(dataset.indices, dtype=np.int64))
-    if isinstance(whole, PairSource) and len(whole.labels) > 2 and bool((indices.abs() < 2).all()):
+    # Of the tuple itself, not of what opened it.
+    if PairSource.takes(dataset.dataset) and len(whole.labels) > 2 and (abs(indices) < 2).all():
         _refuse_pair("A subset")
     return View(dataset, whole, indices)
 

@@ -101,7 +101,7 @@ def compare_recipes(
     """
     _checks.check_positive_int("folds", folds)
     _checks.check_positive_int("images_per_class", images_per_class)
-    _checks.check_number("limit", limit)
+    _checks.check_in("[0, 1]", "limit", limit)
     _checks.check_count("num_workers", num_workers)
     _checks.check_count("seed", seed)
     if held_out_classes is not None:
