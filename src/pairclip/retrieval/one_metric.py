@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pairclip.retrieval import query_metrics
 from pairclip.retrieval.blocks import NO_ITEM, Block
-from pairclip.retrieval.ranks import Ranks, keys_in_place, partition_in_place
+from pairclip.retrieval.ranks import Ranks, as_keys, partition_in_place
 
 
 def hit(block: Block, total: Tensor, k: int) -> Tensor:
@@ -51,27 +51,29 @@ def r_precision(block: Block, total: Tensor) -> Tensor:
 
 def _expected_within(block: Block, places: Tensor) -> Tensor:
     """Expected number of relevant items in the first places."""
-    expected, start = [], 0
-    for keys in keys_in_place(block):
-        # Queries are sorted by R: few have another number of places than the one before them.
-        runs = places[start : start + len(keys)].unique_consecutive(return_counts=True)
-        start += len(keys)
-        counts = runs[1].tolist()
-        for of_run, run in zip(runs[0].tolist(), keys.split(counts), strict=True):
-            expected.append(_count_within(run, min(of_run, keys.shape[1] - 1)))
-    return torch.cat(expected)
+    mine = block.scores.gather(1, block.members)
+    # Queries are sorted by R: few have another number of places than the one before them.
+    runs, lengths = places.unique_consecutive(return_counts=True)
+    counts = lengths.tolist()
+    parts = zip(runs.tolist(), block.scores.split(counts), mine.split(counts), strict=True)
+    return torch.cat([_count_within(*part) for part in parts])
 
 
-def _count_within(keys: Tensor, places: int) -> Tensor:
-    partition_in_place(keys, places)
-    nearest = keys[:, -places:]
-    count = (nearest & 1).sum(dim=1).double()
-    last = nearest.amin(dim=1) >> 1
+def _count_within(places: int, scores: Tensor, mine: Tensor) -> Tensor:
+    places = min(places, scores.shape[1] - 1)
+    # The bits of positive numbers order as they do, and NumPy partitions integers twice as fast.
+    partition_in_place(as_keys(scores), places)
+    last = scores[:, -places:].amin(dim=1)
+    if not (last > 0).all():
+        partition_in_place(scores, places)
+        last = scores[:, -places:].amin(dim=1)
+    count = (mine >= last[:, None]).sum(dim=1).double()
     # Items of the last place's score, of which not all have a place, share those that are left.
-    shared = (last == keys[:, -places - 1] >> 1).nonzero()[:, 0]
+    shared = (last == scores[:, -places - 1]).nonzero()[:, 0]
     if len(shared):
-        relevant, scores = (keys[shared] & 1).bool(), keys[shared] >> 1
-        above, tied = scores > last[shared, None], scores == last[shared, None]
-        share = (places - above.sum(dim=1)) / tied.sum(dim=1).double()
-        count[shared] = (relevant & above).sum(dim=1) + share * (relevant & tied).sum(dim=1)
+        mine, scores, limit = mine[shared], scores[shared], last[shared, None]
+        above = (scores > limit).sum(dim=1)
+        share = (places - above) / (scores == limit).sum(dim=1).double()
+        tied = ((mine == limit) & (mine > NO_ITEM)).sum(dim=1)
+        count[shared] = (mine > limit).sum(dim=1) + share * tied
     return count

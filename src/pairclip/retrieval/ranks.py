@@ -85,7 +85,7 @@ def _highest_keys_in_place(block: Block, first: int | None) -> Tensor:
     In front is one item more, of a lower score, which is not relevant or counts as if it were not.
     """
     parts = []
-    for of_keys in keys_in_place(block):
+    for of_keys in _keys_in_place(block):
         _sort_in_place(of_keys, first)
         parts.append(of_keys)
     keys = as_keys(block.scores)
@@ -111,7 +111,7 @@ def as_keys(scores: Tensor) -> Tensor:
     return scores.view(torch.int64 if scores.dtype == torch.float64 else torch.int32)
 
 
-def keys_in_place(block: Block) -> Iterator[Tensor]:
+def _keys_in_place(block: Block) -> Iterator[Tensor]:
     """Make keys of the scores of a block, a few rows at a time, which are then in the cache."""
     all_keys = as_keys(block.scores)
     size = _ROWS if _on_cpu(all_keys) else len(all_keys)
@@ -126,13 +126,13 @@ def keys_in_place(block: Block) -> Iterator[Tensor]:
         yield keys
 
 
-def partition_in_place(keys: Tensor, first: int) -> None:
-    """Move the highest `first` keys of each row to its end, and the next one in front of them."""
-    if _on_cpu(keys):
+def partition_in_place(rows: Tensor, first: int) -> None:
+    """Move the `first` highest of each row to its end, and the next one in front of them."""
+    if _on_cpu(rows):
         # By SIMD instructions: NumPy's is about 30 times as fast as torch.
-        keys.numpy().partition(keys.shape[1] - first - 1, axis=1)
+        rows.numpy().partition(rows.shape[1] - first - 1, axis=1)
     else:
-        keys.copy_(keys.sort(dim=1).values)
+        rows.copy_(rows.sort(dim=1).values)
 
 
 def _sort_in_place(keys: Tensor, first: int | None) -> None:
