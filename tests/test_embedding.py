@@ -71,6 +71,9 @@ def test_wrong_arguments_are_named(tower, images) -> None:
         embed_images(tower, [images[0][0], "missing.png"])
     with pytest.raises(ValueError, match="`batch_size` must be at least 1"):
         embed_images(tower, images, batch_size=0)
+    for wrong, error in ((-1, ValueError), (None, TypeError), ("2", TypeError)):
+        with pytest.raises(error, match="`num_workers` must"):
+            embed_images(tower, images, num_workers=wrong)
 
 
 def test_the_global_generator_is_left_alone(tower, images) -> None:

@@ -54,6 +54,36 @@ def test_recall_is_what_is_missed() -> None:
     assert few.faiss.nprobe == 1
 
 
+def test_of_images_that_are_equally_near_any_counts() -> None:
+    fields = {"labels": None, "class_names": None, "paths": None, "fingerprint": "none"}
+
+    class Answering(ImageIndex):
+        answers: torch.Tensor
+
+        def nearest_neighbors(self, *_: Any, **__: Any) -> Any:
+            return None, self.answers
+
+    # Each of 0, 1, 2, 3 and its copies, 4 apart; all others are at right angles to it.
+    rows = torch.eye(4).repeat(5, 1)
+    exact, other = ImageIndex(rows, **fields), Answering(rows, **fields)
+    last_first = ImageIndex(rows.flip(0), **fields)
+    for k in (2, 5, 9):
+        other.answers = 19 - last_first.nearest_neighbors(torch.eye(4), k)[1]
+        assert search_recall(exact, other, torch.eye(4), k=k) == 1.0
+    # What is less near doesn't count, nor what was not found.
+    for answers, recall in (([16, 12, 9], 2 / 3), ([1, -1, 8], 1 / 3), ([1, 2, 3], 0.0)):
+        other.answers = torch.tensor([answers])
+        assert search_recall(exact, other, torch.eye(4)[:1], k=3) == pytest.approx(recall)
+
+
+def test_image_queries_are_embedded_once(tower, images, monkeypatch) -> None:
+    index = ImageIndex.build(tower, images)
+    calls: list[int] = []
+    tower.register_forward_pre_hook(lambda _, pixels: calls.append(len(pixels[0])))
+    assert search_recall(index, index.to_faiss(), images[0][:5], k=3) == 1.0
+    assert calls == [5]
+
+
 def test_a_tower_searches_by_image_and_another_is_refused(tower, images, tmp_path: Path) -> None:
     exact = ImageIndex.build(tower, images)
     made = exact.to_faiss()
@@ -95,6 +125,7 @@ def test_any_kind_is_saved_and_searched(factory: str, tmp_path: Path) -> None:
             "of 16 numbers: could not parse index string Nonsense$",
         ),
         ("IVF100,Flat", None, ValueError, r"'IVF100,Flat' can't be made .*points \(30\)"),
+        ("IVF0,Flat", None, ValueError, "'IVF0,Flat' can't be made by FAISS of 30 images"),
         ("IVF2,PQ5", None, ValueError, "should be a multiple of the number of subquantizers"),
         ("HNSW32", 4, ValueError, "'HNSW32' with `nprobe` 4 can't be made.*set parameter nprobe"),
         ("IVF2,Flat", 0, ValueError, "`nprobe` must be at least 1, got 0"),
@@ -114,6 +145,8 @@ def test_wrong_queries() -> None:
         search_recall(exact, exact.to_faiss(), torch.zeros(0, 16))
     with pytest.raises(ValueError, match="must have the images of `exact`, got 20 images and 30"):
         search_recall(exact, index_of(20).to_faiss(), torch.zeros(1, 16))
+    with pytest.raises(TypeError, match="`exact` must be an ImageIndex, got FaissIndex"):
+        search_recall(exact.to_faiss(), exact.to_faiss(), torch.zeros(1, 16))
 
 
 def test_damage_is_named(tmp_path: Path) -> None:

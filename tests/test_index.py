@@ -613,8 +613,13 @@ def test_what_is_removed_is_not_found_and_the_rest_moves_up(tmp_path: Path) -> N
         loaded.remove([1, 6])
     with pytest.raises(ValueError, match="`indices` must leave an image in the index"):
         loaded.remove(range(6))
-    with pytest.raises(TypeError, match="`indices` must be integers"):
-        loaded.remove([0.5])
+    for wrong in ([0.5], 3, "1", np.arange(6) < 2, torch.ones(6) > 0, [[1]], None):
+        with pytest.raises(TypeError, match=r"`indices` must be integers, .*flatnonzero\(mask\)"):
+            loaded.remove(wrong)
+    loaded.remove([])
+    loaded.remove(match.index for match in loaded.search(rows[left[30:33]][0], k=1))
+    loaded.remove({0, 1})
+    assert loaded.labels.tolist() == left[33:]
 
 
 def test_saving_after_adding_writes_the_new_rows_alone(tower, images, tmp_path: Path) -> None:
@@ -727,13 +732,16 @@ def test_some_classes_alone(saved: Path) -> None:
             expected = [match.index for match in every if match.class_name in names]
             found = index.search(query, k=20, class_names=names)
             assert [match.index for match in found] == expected
-            assert index.search(query, k=2, class_names=names) == found[:2]
+            assert index.search(query, k=2, class_names=iter(names)) == found[:2]
     twice = index_of(rows_of(3), labels=torch.arange(3), class_names=["ant", "bee", "ant"])
     assert {match.index for match in twice.search(query, class_names=["ant"])} == {0, 2}
     with pytest.raises(ValueError, match=r"index's classes, got \['dog'\]. They are 'ant', 'b"):
         index.search(query, class_names=["ant", "dog"])
-    with pytest.raises(TypeError, match="`class_names` must be a list of names, got 'ant'"):
-        index.search(query, class_names="ant")
+    with pytest.raises(ValueError, match=r"index's classes, got \[\[\]\]. They are"):
+        index.search(query, class_names=[[]])
+    for wrong in ("ant", 1):
+        with pytest.raises(TypeError, match=f"must be a list of names, got {wrong!r}"):
+            index.search(query, class_names=wrong)
     with pytest.raises(ValueError, match="this index has no class names"):
         index_of(rows_of(2)).search(query, class_names=["ant"])
 

@@ -113,7 +113,8 @@ def embed(
     share = _share(count, together.process, together.processes)
     prepare: Any = tower.preprocess
     with together.telling():
-        _checks.check_positive_int("batch_size", batch_size)
+        batch_size = _checks.check_positive_int("batch_size", batch_size)
+        num_workers = _checks.check_count("num_workers", num_workers)
         if isinstance(prepare, Preprocess):
             prepare.check_steady()
             if on_device:

@@ -99,8 +99,8 @@ def cache_features(
         )
     if dtype not in _DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(map(str, _DTYPES))}, got {dtype}.")
-    _checks.check_positive_int("batch_size", batch_size)
-    _checks.check_count("num_workers", num_workers)
+    batch_size = _checks.check_positive_int("batch_size", batch_size)
+    num_workers = _checks.check_count("num_workers", num_workers)
     folder = Path(folder).absolute()
     if folder.is_file():
         raise FileExistsError(f"`folder` must be a folder, got the file '{folder}'.")

@@ -7,7 +7,7 @@ import re
 import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,6 +51,7 @@ def faiss_of(pieces: Iterable[Tensor], count: int, factory: str, nprobe: int | N
             index.train(_units(torch.cat([block[::step] for block in blocks])))
         for block in blocks:
             index.add(_units(block))
+        index.search(_units(blocks[0][:1]), 1)  # what can't be searched says so here
     except RuntimeError as error:
         reason = re.split(r"Error: |\.(?:cpp|h):\d+: ", str(error))[-1].strip()
         given = f"`factory` {factory!r}" + (f" with `nprobe` {nprobe}" if nprobe else "")
@@ -230,56 +231,6 @@ class FaissIndex:
 
     def __repr__(self) -> str:
         return f"FaissIndex({len(self)} images, {type(self.faiss).__name__} of {self.faiss.d})"
-
-
-class Searchable(Protocol):
-    """An `ImageIndex`, or a `FaissIndex`."""
-
-    def nearest_neighbors(self, queries: Any, k: int = 10) -> tuple[Tensor, Tensor]:
-        """Scores and indices of the k nearest."""
-        ...
-
-    def __len__(self) -> int:
-        """How many images it has."""
-        ...
-
-
-def search_recall(exact: Searchable, approximate: Searchable, queries: Any, k: int = 10) -> float:
-    """Share of the k nearest images that an approximate index finds too: what approximating costs.
-
-    Args:
-        exact: An index that finds all, an `ImageIndex`.
-        approximate: Another index of the same images in the same order.
-        queries: Images or embeddings ``[Q, D]``, as for `ImageIndex.search`.
-        k: How many each finds; all, where there are fewer images.
-
-    Returns:
-        The mean over queries; in ``[0, 1]``.
-
-    Raises:
-        ValueError: As for `ImageIndex.search`; or if the indices have different numbers of images,
-            or there is no query.
-
-    Example:
-        >>> import torch
-        >>> from pairclip import ImageIndex
-        >>> from pairclip.index import search_recall
-        >>> index = ImageIndex(torch.eye(4), labels=None, class_names=None, paths=None,
-        ...     fingerprint="none")
-        >>> search_recall(index, index.to_faiss("Flat"), torch.eye(4), k=1)
-        1.0
-    """
-    if len(exact) != len(approximate):
-        raise ValueError(
-            f"`approximate` must have the images of `exact`, got {len(approximate)} images and "
-            f"{len(exact)}. Make it anew: `exact.to_faiss(...)`."
-        )
-    _, true = exact.nearest_neighbors(queries, k)
-    if not len(true):
-        raise ValueError("`queries` must have at least one image or embedding, got none.")
-    _, answered = approximate.nearest_neighbors(queries, k)
-    hits = (true[:, :, None] == answered[:, None, :]).any(dim=2)
-    return float(hits.double().mean())
 
 
 def _read_header(folder: Path) -> dict[str, Any]:

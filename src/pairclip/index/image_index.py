@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pairclip import _checks
 from pairclip.index import storage
 from pairclip.index.building import check_dtype, embedded, images_of, joined_labels
 from pairclip.index.parquet import read_parquet
@@ -240,13 +240,13 @@ class ImageIndex(ExactSearch):
         """Take images out; those behind them move up.
 
         Args:
-            indices: Their places in the index, integers ``[M]``: `Match.index` of a search.
+            indices: Their places in the index, integers: `Match.index` of a search.
 
         Raises:
             ValueError: If one is out of range, or no image would be left.
-            TypeError: If they are no integers.
+            TypeError: If they are no integers, a mask among them.
         """
-        places = _checks.as_labels("indices", indices).unique()
+        places = _places(indices)
         if len(places) and not 0 <= int(places[0]) <= int(places[-1]) < len(self):
             wrong = int(places[0]) if int(places[0]) < 0 else int(places[-1])
             raise ValueError(f"`indices` must be in [0, {len(self)}), got {wrong}.")
@@ -310,3 +310,16 @@ class ImageIndex(ExactSearch):
     @property
     def _dtype(self) -> str:
         return str(self._segments[0].rows.dtype).removeprefix("torch.")
+
+
+def _places(indices: Any) -> Tensor:
+    """Places in an index, each once, ascending."""
+    listed = isinstance(indices, Iterable) and not isinstance(indices, (Tensor, np.ndarray))
+    array = np.asarray([*indices] if listed else indices)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise TypeError(
+            "`indices` must be integers, several in a list, set, array or tensor, got "
+            f"{type(indices).__name__} of {array.dtype}, shape {list(array.shape)}. Of a mask, take "
+            "`numpy.flatnonzero(mask)`."
+        )
+    return torch.from_numpy(np.unique(array.astype(np.int64)))

@@ -26,7 +26,7 @@ class Searcher:
         self.fingerprint = fingerprint
         self._sample: Tensor | None = None
 
-    def embeddings_of(self, queries: Any, size: int) -> Tensor:
+    def embeddings_of(self, queries: Any, size: int | None = None) -> Tensor:
         """Rows ``[Q, size]`` on the CPU of images, or of embeddings as they are."""
         if are_embeddings(queries):
             rows = queries[None] if queries.ndim == 1 else queries
@@ -35,7 +35,7 @@ class Searcher:
             images = open_images([queries] if is_one(queries) else queries)
             # Alone, since it is one process of several that is asked.
             embeddings = embed(self.checked_tower(), images, alone=True)
-        if embeddings.shape[1] != size:
+        if size is not None and embeddings.shape[1] != size:
             raise ValueError(
                 f"`queries` must have the embedding size of the index, {size}, got "
                 f"{embeddings.shape[1]}."

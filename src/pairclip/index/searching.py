@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import Any, overload
 
@@ -147,18 +147,19 @@ class ExactSearch:
         return sum(map(len, self._segments))
 
     def _ids_of(self, class_names: Sequence[str]) -> Tensor:
-        if isinstance(class_names, str):
+        if isinstance(class_names, str) or not isinstance(class_names, Iterable):
             raise TypeError(f"`class_names` must be a list of names, got {class_names!r}.")
+        asked = [*class_names]
         known = self.class_names
         if known is None:
             raise ValueError("`class_names` can't choose: this index has no class names.")
         there = {*known}
-        unknown = [name for name in class_names if name not in there]
-        if unknown or not class_names:
+        unknown = [name for name in asked if not isinstance(name, str) or name not in there]
+        if unknown or not asked:
             raise ValueError(
                 f"`class_names` must be of the index's classes, got {unknown or 'none'}. They are "
                 f"{', '.join(map(repr, known[:20]))}{', ...' * (len(known) > 20)}."
             )
-        wanted = {*class_names}
+        wanted = {*asked}
         ids = [id_ for id_, name in enumerate(known) if name in wanted]
         return torch.tensor(ids, device="cpu")
