@@ -15,6 +15,7 @@ from torch.utils.data import Subset
 
 from pairclip import (
     AllPairsCosineLoss,
+    ClassBalancedSampler,
     CollapseMonitor,
     CosinePairLoss,
     Finetuner,
@@ -25,6 +26,8 @@ from pairclip import (
     cache_features,
     embed_images,
 )
+from pairclip.embedding import embed
+from pairclip.finetuner import targets as targets_module
 from pairclip.finetuner.images import FitImages, kept_deck
 from pairclip.towers import random_tower
 
@@ -157,6 +160,33 @@ def test_without_targets_a_loss_that_preserves_gets_those_of_the_untouched_tower
     bare = random_tower(**SIZES)
     Finetuner(bare, LOSS, learning_rate=1e-2).fit((pictures, labels), batch_size=6, max_steps=4)
     assert 0 < moved < (embed_images(bare, pictures) - rows).norm()
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_less_than_an_epoch_embeds_only_what_it_draws(
+    shuffled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures, labels = photos()
+    tower = random_tower(**SIZES)
+    given, own = copy.deepcopy(tower), tower
+    embedded = []
+
+    def counted(tower: Any, images: Any, **options: Any) -> Tensor:
+        embedded.append(len(images))
+        return embed(tower, images, **options)
+
+    monkeypatch.setattr(targets_module, "embed", counted)
+    for of, targets in ((given, embed_images(tower, pictures)), (own, None)):
+        sampler: Any = ClassBalancedSampler(labels, 2, 2)
+        if shuffled:  # what someone else's sampler draws can't be known before
+            sampler = type("Other", (ClassBalancedSampler,), {})(labels, 2, 2)
+        finetuner = Finetuner(of, PreservingLoss(LOSS, weight=0.5), learning_rate=1e-2)
+        finetuner.fit((pictures, labels), sampler=sampler, targets=targets, max_steps=3)
+    assert_same(own, given)
+    sampler.set_epoch(0)
+    drawn = {item for _, batch in zip(range(3), sampler, strict=False) for item in batch}
+    assert len(drawn) < len(pictures)
+    assert embedded == [len(pictures) if shuffled else len(drawn)]
 
 
 def test_features_of_a_trunk_have_targets_and_may_be_kept(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from pairclip.finetuner.batches import (
 from pairclip.finetuner.images import FitImages
 from pairclip.finetuner.settings import Plan
 from pairclip.finetuner.targets import check_targets
+from pairclip.samplers import ClassBalancedSampler, GroupSampler, PairSampler
 
 Loaded = tuple[Tensor, Tensor, Tensor | None]  # pixel values, labels, and places of the targets
 
@@ -95,6 +97,20 @@ class DatasetFeed:
             digests=digests,
         )
         return loader_of(self.items, batches, accelerator.device, workers)
+
+    def drawn(self, num_steps: int) -> Tensor | None:
+        """Images that the first steps draw, int64 ascending; None where it may be any."""
+        known = type(self.sampler) in (PairSampler, ClassBalancedSampler, GroupSampler)
+        if not known or num_steps >= self.steps_per_epoch:
+            return None
+        batches = RunBatches(
+            self.sampler,
+            num_items=len(self.images.data),
+            steps=range(num_steps),
+            seed=self.items.seed,
+            kept=self.kept,
+        )
+        return torch.tensor(sorted({key.item for batch in batches for key in batch}), device="cpu")
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the step says all."""

@@ -201,7 +201,7 @@ class Finetuner:
             targets: For a loss that takes targets: a row for each image of `dataset`, floating
                 point ``[N, K]``, which the loss gets with the image's embedding. None is for
                 losses that preserve, such as `PreservingLoss`: their targets are the embeddings
-                of all images by the tower as it is before the first step.
+                of the images by the tower as it is before the first step.
             keep: Images that are to stay where they are, with or without labels, which are not
                 looked at: the loss gets them with the label -1. For a loss that takes targets;
                 rows in `targets` for them come after those of `dataset`. An epoch is that of the
@@ -303,7 +303,9 @@ class Finetuner:
             rows = feed.targets
             if rows is None and feed.images is not None and getattr(self.loss, "preserves", False):
                 folder = None if checkpoint is None else plan.checkpoint_dir
-                rows = untouched_embeddings(self.tower, feed.images, self.seed, workers, folder)
+                rows = untouched_embeddings(
+                    self.tower, feed.images, feed.drawn(num_steps), self.seed, workers, folder
+                )
             if saver is not None:
                 identity = identity_of(trainer, feed.items, rows, fit.config, self.callbacks)
                 saver.start(checkpoint, identity, None if targets is not None else rows)

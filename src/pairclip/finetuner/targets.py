@@ -53,33 +53,44 @@ def check_targets(loss: Any, targets: Any, images: FitImages) -> Tensor | None:
 
 
 def untouched_embeddings(
-    tower: Any, images: FitImages, seed: int, workers: Mapping[str, Any], folder: Path | None
+    tower: Any,
+    images: FitImages,
+    drawn: Tensor | None,
+    seed: int,
+    workers: Mapping[str, Any],
+    folder: Path | None,
 ) -> Tensor:
-    """Embeddings of all images of a fit by the tower before its first step, float32 ``[N, D]``.
+    """Embeddings of a fit's images by the tower before its first step, float32 ``[N, D]``.
 
-    A fit that goes on finds them beside its checkpoints in `folder`; else the tower is as it was.
+    Those of images that are not `drawn` are NaN; None stands for all. A fit that goes on finds
+    them beside its checkpoints in `folder`; else the tower is as it was.
     """
     if folder is not None:
         return _read_targets(folder)
+    drawn = torch.arange(len(images), device="cpu") if drawn is None else drawn
     with random_state_kept():
-        seeded: Any = _Seeded(images, seed)
-        return embed(tower, seeded, **workers)
+        seeded: Any = _Seeded(images, drawn, seed)
+        rows = embed(tower, seeded, **workers)
+    if len(rows) == len(images):
+        return rows
+    return rows.new_full((len(images), rows.shape[1]), torch.nan).index_copy_(0, drawn, rows)
 
 
 class _Seeded:
     """Images whose random transforms draw the same whoever reads them, and in whatever order."""
 
-    def __init__(self, images: FitImages, seed: int) -> None:
-        self.images = images
-        self.labels, self.class_names = images.labels, images.class_names
+    def __init__(self, images: FitImages, drawn: Tensor, seed: int) -> None:
+        self.images, self.drawn = images, drawn
+        self.labels, self.class_names = images.labels[drawn], images.class_names
         self.seed = seed
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.drawn)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        seed_all(Stream.TARGETS, self.seed, index)
-        return self.images[index]
+        item = int(self.drawn[index])
+        seed_all(Stream.TARGETS, self.seed, item)
+        return self.images[item]
 
 
 def write_targets(folder: Path, targets: Tensor) -> None:
