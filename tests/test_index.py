@@ -834,6 +834,20 @@ def test_vectors_and_labels_of_any_type(tmp_path: Path, number: str, of: str) ->
     assert index.paths is None
 
 
+def test_columns_as_other_libraries_write_them(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    names = ["b", "a", "b"]
+    tensors = pyarrow.FixedShapeTensorArray.from_numpy_ndarray(np.eye(3, dtype=np.float32))
+    texts = pyarrow.array(names, pyarrow.string_view())
+    for paths in (texts, pyarrow.array(names).dictionary_encode()):
+        write_parquet(tmp_path / "a.parquet", vector=tensors, label=texts, path=paths)
+        index = ImageIndex.from_parquet(tmp_path)
+        assert torch.equal(index.embeddings, torch.eye(3).half())
+        assert (index.paths, index.class_names) == (names, ["a", "b"])
+    with pytest.raises(ValueError, match=r"`tower` is another one .* of 12 numbers, they of 3"):
+        ImageIndex.from_parquet(tmp_path, flat_tower())
+
+
 def test_parquet_files_that_do_not_go_together(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     write_parquet(tmp_path / "a.parquet", vector=[[1.0, 0.0]], label=["a"], path=["x"])

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from pairclip.index.building import check_dtype, embedded, images_of, joined_lab
 from pairclip.index.parquet import read_parquet
 from pairclip.index.queries import Searcher
 from pairclip.index.searching import ExactSearch
-from pairclip.index.segments import Segment, labels_of, paths_of
+from pairclip.index.segments import Segment, labels_of, paths_of, places_of
 from pairclip.towers import VisionTower
 
 
@@ -156,7 +155,8 @@ class ImageIndex(ExactSearch):
         Raises:
             FileNotFoundError: If there is no such file.
             ValueError: If a file can't be read, or has no such rows; if sizes or fingerprints
-                differ, some labels are missing, or `tower` is another one than the files say.
+                differ, some labels are missing, or `tower` is another one than the files say, or
+                of another size.
             ImportError: If pyarrow is missing.
         """
         check_dtype(dtype)
@@ -172,6 +172,11 @@ class ImageIndex(ExactSearch):
             tower=tower,
         )
         index._searcher.check_tower()
+        if tower is not None and tower.embedding_dim != segment.rows.shape[1]:
+            raise ValueError(
+                f"`tower` is another one than that of the files '{folder}': it has embeddings of "
+                f"{tower.embedding_dim} numbers, they of {segment.rows.shape[1]}."
+            )
         return index
 
     @classmethod
@@ -246,7 +251,7 @@ class ImageIndex(ExactSearch):
             ValueError: If one is out of range, or no image would be left.
             TypeError: If they are no integers, a mask among them.
         """
-        places = _places(indices)
+        places = places_of(indices)
         if len(places) and not 0 <= int(places[0]) <= int(places[-1]) < len(self):
             wrong = int(places[0]) if int(places[0]) < 0 else int(places[-1])
             raise ValueError(f"`indices` must be in [0, {len(self)}), got {wrong}.")
@@ -310,16 +315,3 @@ class ImageIndex(ExactSearch):
     @property
     def _dtype(self) -> str:
         return str(self._segments[0].rows.dtype).removeprefix("torch.")
-
-
-def _places(indices: Any) -> Tensor:
-    """Places in an index, each once, ascending."""
-    listed = isinstance(indices, Iterable) and not isinstance(indices, (Tensor, np.ndarray))
-    array = np.asarray([*indices] if listed else indices)
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise TypeError(
-            "`indices` must be integers, several in a list, set, array or tensor, got "
-            f"{type(indices).__name__} of {array.dtype}, shape {list(array.shape)}. Of a mask, take "
-            "`numpy.flatnonzero(mask)`."
-        )
-    return torch.from_numpy(np.unique(array.astype(np.int64)))

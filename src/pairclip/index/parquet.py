@@ -47,9 +47,11 @@ def read_parquet(folder: Path, dtype: torch.dtype) -> ParquetRows:
             row = 0
             for batch in opened.iter_batches(ROWS, columns=columns):
                 if len(batch):
-                    rows.append(stored_rows(_vectors(batch["vector"], row), dtype))
-                    paths += _paths(batch["path"]) if "path" in names else [None] * len(batch)
-                    labels.append(_labels(batch["label"]) if "label" in names else None)
+                    rows.append(stored_rows(_vectors(_plain(batch["vector"]), row), dtype))
+                    paths += (
+                        _paths(_plain(batch["path"])) if "path" in names else [None] * len(batch)
+                    )
+                    labels.append(_labels(_plain(batch["label"])) if "label" in names else None)
                     row += len(batch)
         except (KeyError, OSError, ValueError, pa.ArrowException) as error:
             raise ValueError(f"'{file}' can't be read: {error}") from error
@@ -65,6 +67,14 @@ def read_parquet(folder: Path, dtype: torch.dtype) -> ParquetRows:
     any_path = any(path is not None for path in paths)
     segment = Segment(torch.cat(rows), ids, paths if any_path else None)
     return ParquetRows(segment, class_names, fingerprints.pop())
+
+
+def _plain(column: Any) -> Any:
+    """The values of a column that are numbered (pandas' categories) or of an extended type."""
+    pa = arrow()
+    if isinstance(column, pa.ExtensionArray):
+        column = column.storage
+    return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
 
 
 def _vectors(column: Any, first_row: int) -> Tensor:
@@ -97,8 +107,6 @@ def _paths(column: Any) -> list[str | None]:
 def _labels(column: Any) -> Any:
     """The column as texts or integers of one type; None where it has no label."""
     pa = arrow()
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
     if column.null_count == len(column):
         return None
     if pa.types.is_integer(column.type):
@@ -110,7 +118,7 @@ def _labels(column: Any) -> Any:
 
 def _is_text(kind: Any) -> bool:
     types = arrow().types
-    return bool(types.is_string(kind) or types.is_large_string(kind))
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
 
 
 def _ids_of(labels: list[Any], folder: Path) -> tuple[Tensor | None, list[str] | None]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -157,6 +158,19 @@ class Segment:
     def _release(self, piece: slice) -> None:
         if self.mapped is not None:
             self.mapped.release(self.rows[piece])
+
+
+def places_of(indices: Any) -> Tensor:
+    """Places in an index, each once, ascending."""
+    listed = isinstance(indices, Iterable) and not isinstance(indices, (Tensor, np.ndarray))
+    array = np.asarray([*indices] if listed else indices)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise TypeError(
+            "`indices` must be integers, several in a list, set, array or tensor, got "
+            f"{type(indices).__name__} of {array.dtype}, shape {list(array.shape)}. Of a mask, "
+            "take `numpy.flatnonzero(mask)`."
+        )
+    return torch.from_numpy(np.unique(array.astype(np.int64)))
 
 
 def labels_of(segments: Sequence[Segment]) -> Tensor | None:
