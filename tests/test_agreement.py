@@ -28,7 +28,7 @@ from pairclip import (
     occlusion_saliency,
 )
 from pairclip.datasets import StreamBatches
-from pairclip.embedding import lost_processes_named
+from pairclip.embedding import lost_processes_named, processes
 from pairclip.finetuner.agreement import one_fit_at_a_time
 from pairclip.towers import random_tower
 
@@ -159,6 +159,8 @@ def test_a_connection_that_breaks_is_another_process_that_failed(monkeypatch) ->
     message = r"^Process 3 can't go on: another process has failed, was.*closed by peer"
     with pytest.raises(RuntimeError, match=message), lost_processes_named():
         raise RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:13552")
+    several = processes._lost(RuntimeError("Socket closed"), [1, 2])
+    assert "can't go on: processes 1 and 2 have failed, were ended, or did" in str(several)
     with pytest.raises(RuntimeError, match=r"^something else$"), lost_processes_named():
         raise RuntimeError("something else")
 

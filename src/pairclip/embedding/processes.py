@@ -39,15 +39,17 @@ def lost_processes_named() -> Iterator[None]:
 
 
 def _named(absent: list[int], otherwise: str) -> str:
-    return f"process {' and '.join(map(str, absent))}" if absent else otherwise
+    several = "es" * (len(absent) > 1)
+    return f"process{several} {' and '.join(map(str, absent))}" if absent else otherwise
 
 
 def _lost(error: RuntimeError, absent: list[int]) -> RuntimeError:
     who = _named(absent, "another process")
+    failed = "have failed, were" if len(absent) > 1 else "has failed, was"
     return RuntimeError(
-        f"Process {distributed.get_rank()} can't go on: {who} has failed, was ended, or did not "
-        "come in time. What went wrong stands in the output of that one; if it did not make this "
-        f"call, let all processes make it ({error})."
+        f"Process {distributed.get_rank()} can't go on: {who} {failed} ended, or did not "
+        "come in time. What went wrong stands in the output there; if the call was not made there, "
+        f"let all processes make it ({error})."
     )
 
 
