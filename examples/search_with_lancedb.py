@@ -154,7 +154,10 @@ def run(args: argparse.Namespace) -> None:
     if args.cells:
         add_cells(table, args.cells)
     (vector,) = embed_images(tower, [args.query]).numpy()
-    for row in search(table, vector, args.k, label=args.label, probes=args.probes):
+    rows = search(table, vector, args.k, label=args.label, probes=args.probes)
+    if args.label is not None and not rows:
+        raise ValueError(f"--label '{args.label}' is that of no image in the database.")
+    for row in rows:
         print(f"{row['score']:.3f}", row.get("path") or "", row.get("label", ""))
 
 

@@ -266,6 +266,8 @@ def test_lancedb_searches_by_cells_and_says_what_it_cannot_take(
     assert example.main([*args, "--parquet", str(folder), "--cells", "4", "--label", "0"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == ["0"] * 10
+    assert example.main([*args, "--label", "9"]) == 1
+    assert "--label '9' is that of no image in the database" in capsys.readouterr().err
 
     table = lancedb.connect(tmp_path / "data").open_table("images")
     (config,) = table.list_indices()
