@@ -439,6 +439,14 @@ def test_no_damage_is_used(tower, images, tmp_path) -> None:
     assert all(torch.equal(row, other) for (row, _), other in zip(again, expected, strict=True))
 
 
+def test_labels_of_another_kind_are_damage(tower, images, tmp_path) -> None:
+    path = cache_features(tower.split(1)[0], images, tmp_path).path
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b'"I64"', b'"F64"'))  # of the same bytes
+    with pytest.raises(ValueError, match="is damaged: its labels are not a class id for each"):
+        CachedFeatures(path)
+
+
 def test_a_disk_that_is_too_small_is_told_at_once(tower, images, tmp_path, monkeypatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))

@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -309,6 +310,14 @@ def test_a_pipe_or_an_endless_device_is_no_file(tmp_path: Path) -> None:
         for read in (_files.read_json, _files.checksum, _files.MappedTensors):
             with pytest.raises(ValueError, match="is damaged: it is not a file"):
                 read(tmp_path / name)
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs /proc of Linux")
+@pytest.mark.parametrize("read", [_files.read_json, _files.checksum, _files.MappedTensors])
+def test_a_disk_that_can_not_be_read_is_told_with_the_file(tmp_path: Path, read: Any) -> None:
+    (tmp_path / "file").symlink_to("/proc/self/mem")  # whose first bytes are an EIO
+    with pytest.raises(OSError, match=r"/file'"):
+        read(tmp_path / "file")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000])

@@ -7,8 +7,10 @@ import errno
 import hashlib
 import json
 import math
+import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,12 @@ def read_json(path: Path) -> Any:
     Raises:
         FileNotFoundError: If there is none.
         ValueError: If it is no file, or holds something else.
+        OSError: If it can't be read.
     """
     check_is_file(path)
     try:
-        return json.loads(path.read_bytes())
+        with named(path):
+            return json.loads(path.read_bytes())
     except (ValueError, RecursionError, MemoryError) as error:
         reason = str(error) or type(error).__name__
         raise ValueError(f"'{path}' is damaged: it is not valid JSON ({reason}).") from error
@@ -42,11 +46,22 @@ def check_is_file(path: Path) -> None:
         raise ValueError(f"'{path}' is damaged: it is not a file.")
 
 
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Have an error of a disk that can't be read name the file, which the system leaves out."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = os.fspath(path)
+        raise
+
+
 def checksum(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal digits."""
     check_is_file(path)
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with named(path), path.open("rb") as file:
         while piece := file.read(1 << 22):
             digest.update(piece)
     return digest.hexdigest()

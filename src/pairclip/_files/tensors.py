@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from pairclip._files.contents import check_is_file
+from pairclip._files.contents import check_is_file, named
 
 _DTYPES = {
     "F64": torch.float64,
@@ -97,11 +97,12 @@ class MappedTensors(Mapping[str, Tensor]):
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is damaged.
+        OSError: If it can't be read.
     """
 
     def __init__(self, path: Path) -> None:
         check_is_file(path)
-        with path.open("rb") as file:
+        with named(path), path.open("rb") as file:
             try:
                 header = read_header(file, path.stat().st_size)
             except (ValueError, RecursionError) as error:

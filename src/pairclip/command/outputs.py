@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import shutil
@@ -177,8 +176,10 @@ def _check_same_settings(folder: Path, args: argparse.Namespace, run: dict[str, 
 
 
 def _made_when(path: Path) -> str:
+    from pairclip import _files
+
     try:
-        return f" of {json.loads(path.read_text(encoding='utf-8'))['made']}"
+        return f" of {_files.read_json(path)['made']}"
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 

@@ -101,6 +101,9 @@ def open_features(path: Path) -> MappedTensors:
         metadata, tensors["labels"], tensors["features"].dtype, tensors["features"].shape
     ):
         raise ValueError(f"'{path}' is damaged: the checksum of its labels differs.")
+    labels = tensors["labels"]
+    if labels.dtype != torch.int64 or labels.shape != tensors["features"].shape[:1]:
+        raise ValueError(f"'{path}' is damaged: its labels are not a class id for each image.")
     return tensors
 
 
