@@ -51,3 +51,8 @@ def test_no_flipped_bit_of_a_history_changes_it(tmp_path: Path) -> None:
     assert History.from_json(path) == History(steps=[STEP])
     with pytest.raises(FileNotFoundError):
         History.from_json(tmp_path / "none")
+
+
+def test_what_is_shown_of_a_history_is_short_however_long_it_is() -> None:
+    assert repr(History([STEP] * 1000)) == "History(1000 steps, last loss 0.5, 0 evaluations)"
+    assert repr(History()) == "History(0 steps, 0 evaluations)"

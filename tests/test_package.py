@@ -171,3 +171,10 @@ def test_type_checkers_are_told_the_same_names() -> None:
 def test_unknown_names_raise_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'CosineTripletLoss'"):
         _ = pairclip.CosineTripletLoss
+
+
+def test_completion_shows_public_names_and_rooms_once() -> None:
+    names = dir(pairclip)
+    assert len(names) == len({*names})
+    assert {*pairclip.__all__} <= {*names}
+    assert not [name for name in names if name[0] == "_" and name != "__version__"]

@@ -292,6 +292,26 @@ def test_wrong_arguments_are_named() -> None:
         plot_retrieval((pictures(40), evaluation.labels[[1, 0, *range(2, 40)]]), evaluation)
 
 
+@pytest.mark.parametrize(
+    ("call", "problem"),
+    [
+        (lambda: plot_class_similarity(torch.eye(2)), "`evaluation` must be an Eval.*, got Tensor"),
+        (lambda: plot_pair_histogram([1]), "`before` must be an Evaluation, got list. `evaluate`"),
+        (lambda: plot_pair_histogram(sample(), "a"), "`after` must be an Evaluation, got str"),
+        (lambda: plot_retrieval(sample(), ()), "`evaluation` must be an Evaluation, got tuple"),
+        (lambda: plot_history({}), "`history` must be a History, got dict. `Finetuner.fit` makes"),
+        (lambda: sample().changes({}), "`baseline` must be an Evaluation, got dict"),
+        (lambda: plot_similarity_matrix(pictures(1), [["a"]]), "`similarity` must be a matrix of"),
+        (lambda: plot_similarity_matrix(pictures(1), [[5.0]]), r"must be cosines, .*got 5 to 5"),
+        (lambda: plot_similarity_matrix([], []), "`images` must have at least one image"),
+        (lambda: plot_similarity_matrix(pictures(1), [[1]], names="a"), "`names` must be a list"),
+    ],
+)
+def test_what_is_no_evaluation_history_or_matrix_is_named(call: Any, problem: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=problem):
+        call()
+
+
 def test_without_matplotlib_the_error_says_what_to_install() -> None:
     code = (
         "import sys; sys.modules['matplotlib.figure'] = None\n"

@@ -368,6 +368,10 @@ def test_wrong_arguments_are_named() -> None:
             function(rows, labels, queries=rows, query_labels=labels[:3])
     with pytest.raises(ValueError, match="`k` must be at most the number of items, got 11 for 10"):
         knn_accuracy(rows, labels, rows, labels, k=11)
+    with pytest.raises(TypeError, match=r"`labels` must be a list, .* got NoneType"):
+        recall_at_k(torch.eye(2), None)
+    with pytest.raises(TypeError, match=r"got object.*unique\(list\(map\(str, labels\)\)"):
+        recall_at_k(torch.eye(2), [object(), object()])
     with pytest.raises(ValueError, match="Turn one-hot rows into class ids"):
         mean_average_precision(rows, torch.eye(10))
     with pytest.raises(ValueError, match="`test` must have at least one row, got none"):

@@ -19,6 +19,16 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
+def check_is(name: str, value: object, kind: type, source: str) -> None:
+    """Raise a TypeError unless `value` is an instance of `kind`, which `source` makes."""
+    if not isinstance(value, kind):
+        article = "an" if kind.__name__[0] in "AEIO" else "a"
+        raise TypeError(
+            f"`{name}` must be {article} {kind.__name__}, got {type(value).__name__}. "
+            f"{source} makes one."
+        )
+
+
 def check_positive_int(name: str, value: object) -> int:
     """Return `value` as an int, or raise unless it is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
@@ -125,6 +135,11 @@ def label_array(name: str, value: Any) -> npt.NDArray[np.int64]:
     if isinstance(value, Tensor):
         value = value.detach().cpu().numpy()
     array = np.asarray(value)
+    if array.ndim == 0:
+        raise TypeError(
+            f"`{name}` must be a list, an array or a tensor, one class id per item, got "
+            f"{type(value).__name__}."
+        )
     if array.size == 0 and array.ndim == 1:
         return np.zeros(0, dtype=np.int64)
     if array.ndim != 1:
@@ -153,9 +168,11 @@ def _not_one_dimensional(name: str, shape: Collection[int]) -> str:
 
 
 def _not_integers(name: str, dtype: object) -> str:
+    # Objects, such as members of an Enum, need not be ordered, but their texts are.
+    values = f"list(map(str, {name}))" if str(dtype) == "object" else name
     return (
         f"`{name}` must be integers, got {dtype}. Turn names or other values into class ids with "
-        f"`numpy.unique({name}, return_inverse=True)[1]`."
+        f"`numpy.unique({values}, return_inverse=True)[1]`."
     )
 
 

@@ -39,6 +39,10 @@ class History:
     stop_reason: str | None = None
     unreadable: list[dict[str, Any]] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        loss = f", last loss {self.steps[-1].get('loss')}" if self.steps else ""
+        return f"History({len(self.steps)} steps{loss}, {len(self.evaluations)} evaluations)"
+
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain lists, dicts and numbers."""
         return asdict(self)

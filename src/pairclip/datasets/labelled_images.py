@@ -104,6 +104,10 @@ class LabelledImages(Dataset[tuple[Any, int]]):
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __repr__(self) -> str:
+        classes, kind = len(self.labels.unique()), type(self.dataset).__name__
+        return f"LabelledImages({len(self)} images of {classes} classes, from a {kind})"
+
     def __getitem__(self, index: int) -> tuple[Any, int]:
         """The image in RGB and its class id; an error names the image that can't be read."""
         if not 0 <= index < len(self):

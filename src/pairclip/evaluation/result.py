@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pairclip import _files
+from pairclip import _checks, _files
 from pairclip.datasets import Problem
 from pairclip.evaluation.comparison import Change, paired_intervals
 from pairclip.evaluation.histogram import FloatArray, IntArray, PairHistogram
 from pairclip.evaluation.reading import fields_of
-from pairclip.evaluation.wording import as_text, change_row
+from pairclip.evaluation.wording import MAKES_EVALUATIONS, as_text, change_row
 from pairclip.retrieval import METRICS, QUERY_METRICS
 from pairclip.similarity import ClassTotals
 
@@ -161,6 +161,7 @@ class Evaluation:
             >>> round(change.difference, 3), change.is_clear
             (0.667, True)
         """
+        _checks.check_is("baseline", baseline, Evaluation, MAKES_EVALUATIONS)
         _check_comparable(baseline, self)
         intervals = paired_intervals(
             np.stack([baseline.per_query[key] for key in QUERY_METRICS]),
@@ -299,11 +300,10 @@ def _check_comparable(before: Evaluation, after: Evaluation) -> None:
         raise ValueError("`baseline` must be of the same gallery, got another or one with none.")
     others = np.flatnonzero(before.labels != after.labels)
     if len(others):
-        first = int(others[0])
-        was, now = (each.class_names[each.labels[first]] for each in (before, after))
+        was, now = (each.class_names[each.labels[others[0]]] for each in (before, after))
         raise ValueError(
             f"`baseline` must be of the same images, but the classes of {len(others)} images "
-            f"differ, first of image {first}: {was!r} against {now!r}."
+            f"differ, first of image {others[0]}: {was!r} against {now!r}."
         )
     if not np.array_equal(before.queries, after.queries):
         raise ValueError(

@@ -7,6 +7,9 @@ import math
 from pairclip.evaluation.comparison import Change
 from pairclip.retrieval import METRICS
 
+# What an error about another thing in place of an evaluation recommends.
+MAKES_EVALUATIONS = "`evaluate` or `evaluate_embeddings`"
+
 
 def change_row(title: str, change: Change) -> str:
     """A row of a Markdown table."""

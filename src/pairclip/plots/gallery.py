@@ -11,6 +11,7 @@ import numpy as np
 from pairclip import _checks
 from pairclip.evaluation import Evaluation
 from pairclip.evaluation.showing import class_name, classes_in_turn, file_name, hits, images_of
+from pairclip.evaluation.wording import MAKES_EVALUATIONS
 from pairclip.plots.drawing import TITLE_SIZE, new_figure, saved, shortened, wrapped
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def plot_retrieval(
         >>> [axes.get_title() for axes in figure.axes]
         ['1', '✓ 1\n1.00', '✗ 0\n0.00']
     """
+    _checks.check_is("evaluation", evaluation, Evaluation, MAKES_EVALUATIONS)
     k = _checks.check_positive_int("k", k)
     most = evaluation.neighbors.shape[1]
     if k > most:

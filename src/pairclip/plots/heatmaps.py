@@ -14,7 +14,7 @@ from pairclip import _checks
 from pairclip.datasets import as_rgb
 from pairclip.evaluation import Evaluation
 from pairclip.evaluation.showing import similarity_order
-from pairclip.evaluation.wording import as_text
+from pairclip.evaluation.wording import MAKES_EVALUATIONS, as_text
 from pairclip.plots.drawing import TITLE_SIZE, new_figure, saved, shortened, wrapped
 
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ def plot_similarity_matrix(
         The figure.
 
     Raises:
-        ValueError: If shapes don't fit.
+        ValueError: If shapes don't fit, there is no image, or `similarity` are no cosines.
+        TypeError: If `similarity` is no matrix, or `names` one text.
         ImportError: If matplotlib is not installed.
         OSError: If `path` can't be written.
 
@@ -65,7 +66,11 @@ def plot_similarity_matrix(
         6
     """
     count = len(images)
+    if not count:
+        raise ValueError("`images` must have at least one image to draw, got none.")
     values = _square(similarity, count)
+    if isinstance(names, str):
+        raise TypeError(f"`names` must be a list of names, got {names!r}.")
     if names is not None and len(names) != count:
         raise ValueError(f"`names` must have one name per image, got {len(names)} for {count}.")
     cell = 0.8
@@ -150,6 +155,7 @@ def plot_class_similarity(
         >>> figure.axes[0].get_title()
         'before'
     """
+    _checks.check_is("evaluation", evaluation, Evaluation, MAKES_EVALUATIONS)
     places = _order(evaluation, order)
     values = evaluation.class_similarity[np.ix_(places, places)]
     count = len(values)
@@ -217,10 +223,22 @@ def _color_bar(figure: Figure, cells: Any, **place: Any) -> None:
 
 
 def _square(values: Tensor | npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
-    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    values = values.detach().cpu().double() if isinstance(values, Tensor) else values
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"`similarity` must be a matrix of numbers, got {type(values).__name__}: {error}. "
+            "`similarity_matrix` makes one of embeddings."
+        ) from error
     if array.shape != (count, count):
         raise ValueError(
             f"`similarity` must have shape [{count}, {count}] for {count} images, got "
             f"{list(array.shape)}."
+        )
+    if (np.abs(array) > 1.01).any():  # rounding in half precision is no fault
+        raise ValueError(
+            f"`similarity` must be cosines, in [-1, 1], got {np.nanmin(array):.4g} to "
+            f"{np.nanmax(array):.4g}. `similarity_matrix` makes them of embeddings."
         )
     return array

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pairclip import _checks
 from pairclip.evaluation.showing import TRACKED
 from pairclip.finetuner import History
 from pairclip.plots.drawing import TITLE_SIZE, new_figure, saved, wrapped
@@ -40,6 +41,7 @@ def plot_history(
         >>> len(plot_history(history).axes)
         2
     """
+    _checks.check_is("history", history, History, "`Finetuner.fit`")
     if not history.steps:
         raise ValueError("`history` must have at least one step to draw, got none.")
     evaluated = bool(history.evaluations)
@@ -67,7 +69,7 @@ def plot_history(
             rows[1].plot(at, values, marker="o", markersize=4, label=METRICS[key].title)
         rows[1].set_ylabel("held-out images")
         rows[1].legend(frameon=False)
-    rates = [record["learning_rate"] for record in history.steps]
+    rates = np.array([record.get("learning_rate") for record in history.steps], float)
     rows[-1].plot(steps, rates, color="C2", marker=_marker(steps))
     rows[-1].set_ylabel("learning rate")
     rows[-1].set_ylim(bottom=0)

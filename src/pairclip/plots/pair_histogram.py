@@ -6,8 +6,10 @@ import math
 import os
 from typing import TYPE_CHECKING
 
+from pairclip import _checks
 from pairclip.evaluation import Evaluation
 from pairclip.evaluation.showing import pair_densities, pair_range
+from pairclip.evaluation.wording import MAKES_EVALUATIONS
 from pairclip.plots.drawing import (
     DIFFERENT_COLOR,
     SAME_COLOR,
@@ -56,6 +58,9 @@ def plot_pair_histogram(
         >>> len(plot_pair_histogram(before, before).axes)
         2
     """
+    _checks.check_is("before", before, Evaluation, MAKES_EVALUATIONS)
+    if after is not None:
+        _checks.check_is("after", after, Evaluation, MAKES_EVALUATIONS)
     evaluations = {"before": before} if after is None else {"before": before, "after": after}
     figure = new_figure(7.5, 2.2 + 2.3 * len(evaluations), layout="constrained")
     panels = figure.subplots(len(evaluations), 1, sharex=True, sharey=True, squeeze=False)[:, 0]

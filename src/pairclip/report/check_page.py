@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from pairclip import _checks
 from pairclip.collection import Check, Finding
 from pairclip.report.html import Html, element, section, table, write_page
 from pairclip.report.thumbnails import Thumbnails
@@ -60,6 +61,7 @@ def write_check_report(
         ...     "Images of one colour: 2" in page.read_text(encoding="utf-8")
         True
     """
+    _checks.check_is("check", check, Check, "`check_collection`")
     thumbnails = Thumbnails()
     kinds = [_kind(kind, findings, check, thumbnails) for kind, findings in check.findings.items()]
     content = [section("In short", _counts(check)), *kinds, thumbnails.stored()]

@@ -6,8 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pairclip import _checks
 from pairclip.evaluation import Evaluation
 from pairclip.evaluation.showing import images_of
+from pairclip.evaluation.wording import MAKES_EVALUATIONS
 from pairclip.finetuner import History
 from pairclip.report.alike import alike_images
 from pairclip.report.charts import pair_histograms, training
@@ -78,6 +80,11 @@ def write_report(
         >>> page.name, "http" in text.replace("http-equiv", "")
         ('report.html', False)
     """
+    _checks.check_is("after", after, Evaluation, MAKES_EVALUATIONS)
+    if before is not None:
+        _checks.check_is("before", before, Evaluation, MAKES_EVALUATIONS)
+    if history is not None:
+        _checks.check_is("history", history, History, "`Finetuner.fit`")
     if before is None:
         evaluations, heading = {"evaluation": after}, "Evaluation"
     else:

@@ -22,6 +22,10 @@ class EpochSampler(ABC):
             _checks.check_positive_int("num_batches", asked)
         self._num_batches = -(-num_items // per_batch) if asked is None else int(asked)
 
+    def __repr__(self) -> str:
+        where = f"at batch {self._batch} of epoch {self._epoch}"
+        return f"{type(self).__name__}({self._num_batches} batches per epoch, {where})"
+
     def __len__(self) -> int:
         """Batches of a whole epoch."""
         return self._num_batches
