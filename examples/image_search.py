@@ -50,7 +50,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--offline", action="store_true", help="needs no network: drawings and a small tower")
     add_loading(parser)
     add_json(parser)
-    parser.set_defaults(min_score=None)
+    parser.set_defaults(min_score=None, overwrite=True)
     args = parser.parse_args(arguments)
     if args.offline and (args.folder or args.model != CLIP):
         extra = "FOLDER and QUERY" if args.folder else "--model"

@@ -254,6 +254,48 @@ def test_evaluate_alone_and_against_another_tower(
     assert "Two towers compared" in (output / "report.html").read_text()
 
 
+def test_unreadable_images_are_skipped_or_named_once_with_what_to_do(
+    folder: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = folder / "ant" / "broken.png"
+    broken.write_bytes(b"no image")
+    assert run("evaluate", model, folder) == 1
+    said = capsys.readouterr().err
+    assert said.count(str(broken)) == 1
+    assert "can't be read: cannot identify image file. Leave out such images with" in said
+    assert f"--skip-unreadable, or list all of them: pairclip check {folder} --write-clean" in said
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")  # the command prints them
+        assert run("evaluate", model, folder, "--skip-unreadable", "--json") == 0
+        printed, said = capsys.readouterr()
+        assert json.loads(printed)["num_images"] == 30
+        assert "1 of 31 images can't be read" in said
+        tune = ("tune", folder, "--model", model, "--output", tmp_path / "out", "--max-steps", 1)
+        assert run(*tune, "--batch-size", 8, "--skip-unreadable") == 0
+    data = json.loads((tmp_path / "out" / "run.json").read_text())["data"]
+    assert data["train"]["images"] + data["test"]["images"] == 30
+
+
+def test_too_few_images_are_said_before_anything_is_embedded(
+    folder: Path,
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pairclip, "load_tower", None)
+    tune = ("tune", folder, "--model", model, "--output", tmp_path / "out")
+    assert run(*tune, "--test-fraction", 0.1) == 1
+    said = capsys.readouterr().err
+    assert "There is one image of each class to evaluate on (10% of each class held out" in said
+    assert "Give a larger --test-fraction than 0.1" in said
+    for path in folder.rglob("[1-9].png"):
+        path.unlink()
+    assert run("evaluate", model, folder) == 1
+    assert f"DATA '{folder}' has one image of each class, and" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_index_and_search(
     folder: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -261,8 +303,9 @@ def test_index_and_search(
     index = tmp_path / "index"
     assert run("index", model, folder, "--output", index) == 0
     said = capsys.readouterr().out
-    assert "LEFT OUT: 1 images can't be read." in said
-    assert f"30 images are in the index {index}." in said
+    assert "LEFT OUT, because they can't be read: 1 of the images." in said
+    assert said.count("broken.jpg") == 1
+    assert f"Images in {index}: 30." in said
     assert run("index", model, folder, "--output", index, "--json") == 0
     again = capsys.readouterr()
     assert "Nothing has changed" in again.err
@@ -277,6 +320,11 @@ def test_index_and_search(
     html = (page / "search.html").read_text()
     assert 'href="../data/ant/3.png"' in html
     assert str(model) in html
+    assert run("search", index, queries[0], "--html", page) == 1
+    said = capsys.readouterr().err
+    assert f"--html '{page}/search.html' is there already. Give another place, or --over" in said
+    assert run("search", index, queries[0], "--html", page, "--overwrite") == 0
+    assert "Searched for" in (page / "search.html").read_text()
     assert run("search", index, queries[0], "--min-score", 1) == 0
     assert "Nothing." in capsys.readouterr().out
     for content in ("{}", "[]", "dam"):
@@ -416,14 +464,23 @@ def test_check_prints_and_writes_what_was_found(
     assert "Images that can't be read: 1" in said
     assert "Labels that may be wrong: 31" in said
     assert "  and 21 more" in said
-    assert "30 of 32 images are in" in said
+    assert f"Images in {clean}: 30 of 32." in said
     page = (output / "check.html").read_text()
     assert "Copies within a part: 1" in page
     assert "At most one of the labels is right" not in page
     rows = list(csv.DictReader(clean.read_text().splitlines()))
     assert len(rows) == 30
-    assert all(float(row["doubt"]) >= -9 for row in rows)
-    assert run("check", clean, "--json") == 0
+    assert rows[0]["image"] == "../data/ant/0.png"
+    assert run("check", folder, "--write-clean", clean) == 1
+    assert f"--write-clean '{clean}' is there already. Give another" in capsys.readouterr().err
+    assert run("check", folder, "--write-clean", clean, "--overwrite") == 0
+    rows = list(csv.DictReader(clean.read_text().splitlines()))
+    assert [row["doubt"] for row in rows] == [""] * 30
+    capsys.readouterr()
+    for place in ("new", "data"):  # both move together
+        (tmp_path / "moved").mkdir(exist_ok=True)
+        shutil.move(tmp_path / place, tmp_path / "moved" / place)
+    assert run("check", tmp_path / "moved" / "new" / "clean.csv", "--json") == 0
     assert json.loads(capsys.readouterr().out)["problems"] == {}
 
 
@@ -433,7 +490,7 @@ def test_a_real_ctrl_c_is_one_line(
 ) -> None:
     """Sent when the work has begun; what was written before is whole."""
     arguments, begun = {
-        "index": (["index", model, folder, "--output", tmp_path / "out"], "30 images in"),
+        "index": (["index", model, folder, "--output", tmp_path / "out"], "Images in"),
         "tune": (
             [
                 *("tune", folder, "--model", model, "--output", tmp_path / "out", "--resume"),
@@ -475,7 +532,7 @@ def test_a_real_ctrl_c_is_one_line(
         (["tune", "{folder}/a.zip"], "is an archive. Unpack it"),
         (["tune", "{folder}/ant/0.png"], "is neither a folder nor a table"),
         (["tune", "{folder}", "--model", "{folder}"], "--model '{folder}' has no config.json"),
-        (["tune", "{folder}", "--model", "./none"], "--model: `source` './none' is neither"),
+        (["tune", "{folder}", "--model", "./none"], "--model './none' does not exist"),
         (["tune", "{folder}", "--output", "{folder}/a.zip"], "--output '{folder}/a.zip' is a file"),
         (["tune", "{folder}", "--overwrite", "--resume"], "--overwrite starts anew"),
         (["tune", "{folder}", "--margin", "0.2"], "--margin 0.2 would be ignored"),
@@ -491,6 +548,17 @@ def test_a_real_ctrl_c_is_one_line(
         ),
         (["tune", "{folder}", "--hold-out-classes", "wasp"], "--hold-out-classes has ['wasp']"),
         (["tune", "{folder}", "--hold-out-classes", "ant,bee,cat"], "leaves no class to train on"),
+        (["tune", "{folder}", "--keep", "{folder}/a.zip"], "--keep '{folder}/a.zip' is a file"),
+        (["tune", "{folder}", "--root", "x"], "--root x would be ignored: it is of a table"),
+        (["tune", "{folder}", "--hold-out-classes", "ant,bee"], "There is one class to train on"),
+        (["tune", "{folder}/t.csv"], "has no column 'image', but ['file', 'label']. Name its"),
+        (["tune", "{folder}/t.csv", "--image-column", "file"], "Say with --root where paths"),
+        (["tune", "{folder}", "--output", "{folder}/a.zip/x"], "--output: nothing can be written"),
+        (["evaluate", "x/y", "{folder}", "--split", "a", "--root", "b"], "--root b would be"),
+        (["evaluate", "./x", "{folder}"], "MODEL './x' does not exist. Give the folder of a"),
+        (["export", "./x", "--to", "onnx", "--output", "{folder}/n.onnx"], "MODEL './x' does not"),
+        (["check", "{folder}", "--doubtful", "0.1"], "--doubtful 0.1 would be ignored"),
+        (["search", "x", "y", "--html", "{folder}"], "INDEX 'x' is no index"),
         (["evaluate", "{folder}", "{folder}"], "MODEL '{folder}' has no config.json"),
         (["evaluate", "x", "{folder}", "--gallery-split", "a"], "there is no --gallery"),
         (["check", "{folder}", "--overwrite"], "--overwrite would be ignored"),
@@ -507,6 +575,7 @@ def test_what_goes_wrong_is_one_line_that_names_the_argument(
     message: str,
 ) -> None:
     (folder / "a.zip").write_bytes(b"PK")
+    (folder / "t.csv").write_text("file,label\nno/1.png,cat\n")
     filled = [each.format(folder=folder) for each in arguments]
     if filled[0] == "tune":
         for flag, value in (("--model", model), ("--output", folder.parent / "out")):
@@ -524,6 +593,13 @@ def test_what_goes_wrong_is_one_line_that_names_the_argument(
         (["tune", "x"], "required: --output"),
         (["tune", "x", "--output", "y", "--test-fraction", "1.5"], "must be between 0 and 1"),
         (["search", "index"], "required: QUERY"),
+        (["tune", "x", "--output", "y", "--margin", "nan"], "--margin: must be between -1 and 1"),
+        (
+            ["tune", "x", "--output", "y", "--preserve-embeddings", "inf"],
+            "must be a finite number of at least 0, got inf",
+        ),
+        (["tune", "x", "--output", "y", "--seed", "9" * 30], "--seed: must be at most 2147483647"),
+        (["tune", "x", "--output", "y", "--test-per-class", "1"], "must be at least 2, got 1"),
         ([], "required: SUBCOMMAND"),
     ],
 )

@@ -62,10 +62,10 @@ def test_a_folder_is_indexed_searched_and_the_index_used_again(
         return capsys.readouterr().out
 
     first = search(folder.parent / "query.png", 2)
-    assert f"5 images in {folder}." in first
-    assert "LEFT OUT: 1 images can't be read." in first
+    assert f"Images in {folder}: 5." in first
+    assert "LEFT OUT, because they can't be read: 1 of the images." in first
     assert f"  '{folder}/deep/broken.JPG': cannot identify image file" in first
-    assert "4 images are in the index" in first
+    assert "index: 4." in first
     assert len(found_in(first)) == 2
     assert f"To look at: {output / 'search.html'}" in first
     html = (output / "search.html").read_text()
@@ -74,7 +74,7 @@ def test_a_folder_is_indexed_searched_and_the_index_used_again(
 
     second = search(folder.parent / "query.png", 2)
     assert "Nothing has changed since they were indexed." in second
-    assert "LEFT OUT: 1 images can't be read." in second
+    assert "LEFT OUT, because they can't be read: 1 of the images." in second
     assert found_in(second) == found_in(first)
 
     arguments = [folder, folder.parent / "query.png", "--model", model, "--output", output]
@@ -123,7 +123,7 @@ def test_offline_needs_no_network_and_says_so(
     assert example.main(["--offline", "--output", str(tmp_path)]) == 0
     first, said = capsys.readouterr()
     assert said.startswith("OFFLINE: offline stand-in")
-    assert "300 images are in the index" in first
+    assert "index: 300." in first
     assert len(found_in(first)) == 12
     assert first.count("/butterfly/") >= 6
     assert example.main(["--offline", "--output", str(tmp_path)]) == 0
@@ -139,7 +139,7 @@ def test_offline_needs_no_network_and_says_so(
         (["{folder}/none", "{folder}/red.png"], "FOLDER '{folder}/none' does not exist"),
         (["{folder}/empty", "{folder}/red.png"], "FOLDER '{folder}/empty' has no images"),
         (["{folder}/broken", "{folder}/red.png"], "None of the images can be read"),
-        (["{folder}", "{folder}/red.png", "--model", "./none"], "MODEL: `source` './none' is"),
+        (["{folder}", "{folder}/red.png", "--model", "./none"], "MODEL './none' does not exist"),
     ],
 )
 def test_what_can_t_be_done_ends_in_one_line(

@@ -170,7 +170,8 @@ class Check:
     def write_clean(self, path: str | os.PathLike[str]) -> int:
         """Write a CSV table without the images that can't be read and without copies.
 
-        Its columns are image (an absolute path), label, split and doubt. An image that is in two
+        Its columns are image (a path that starts where the table is, so that both can be moved
+        together), label, split and doubt. An image that is in two
         classes is left out of both; one that is in several parts stays in the last of them, so
         that nothing is evaluated that was trained on.
 
@@ -185,6 +186,7 @@ class Check:
             OSError: If it can't be written.
         """
         places = [place for place in range(len(self.items)) if place not in self.drop]
+        folder = Path(path).parent.resolve()
         file = io.StringIO()
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["image", "label", "split", "doubt"])
@@ -195,7 +197,14 @@ class Check:
                     f"'{os.fspath(path)}' would be a table of paths, and {item.name} is no file. "
                     "Save the images as files first."
                 )
-            row = [Path(item.path).resolve(), item.class_name, item.part]
+            row = [_path_from(folder, item.path), item.class_name, item.part]
             table.writerow([*row, "" if np.isnan(doubt) else f"{doubt:.3f}"])
         _files.write_text(Path(path), file.getvalue())
         return len(places)
+
+
+def _path_from(folder: Path, path: str) -> str:
+    try:
+        return os.path.relpath(Path(path).resolve(), folder)
+    except ValueError:  # another drive
+        return str(Path(path).resolve())

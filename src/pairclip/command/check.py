@@ -16,7 +16,7 @@ from pairclip.command.arguments import (
     add_table_columns,
     number,
 )
-from pairclip.command.models import load_model
+from pairclip.command.models import check_model, load_model
 
 RESULTS = ("check.html", "check.json")
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "a tower that looks for wrong labels (default: none, which doesn't look for them)",
         metavar="ID_OR_FOLDER",
     )
-    add_page(parser, "check")
+    add_page(parser, "the check that is in OUTPUT, and the file of --write-clean")
     parser.add_argument(
         "--write-clean",
         type=Path,
@@ -43,14 +43,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=number(0, 1, ends=True),
         default=0.98,
         metavar="COSINE",
-        help="of small copies of two images, from which they are the same",
+        help="two images are the same from this cosine of small copies of them on",
     )
     parser.add_argument(
         "--doubtful",
-        type=float,
+        type=number(-10, 10, ends=True),
         default=0.4,
         metavar="SCORE",
-        help="how much better another class must fit, about 0 to 1, for a label to be listed",
+        help="how much better another class must fit, about 0 to 1, for a label to be listed "
+        "(needs --model)",
     )
     add_table_columns(parser)
     add_loading(parser)
@@ -59,14 +60,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Do what the arguments say."""
+    clean = args.write_clean
+    if args.overwrite and args.output is None and clean is None:
+        raise ValueError("--overwrite would be ignored: there is no --output or --write-clean.")
+    if clean is not None:
+        if clean.suffix.lower() != ".csv" or clean.is_dir():
+            raise ValueError(f"--write-clean '{clean}' must be a file that ends in .csv.")
+        outputs.check_new("--write-clean", clean, args.overwrite)
+    if args.output is not None:
+        outputs.check_output(args.output, args, RESULTS)
+    data.check_data(args, {"DATA": args.data})
+    if args.model is not None:
+        check_model("--model", args.model)
+    elif args.doubtful != 0.4:
+        raise ValueError(f"--doubtful {args.doubtful:g} would be ignored: there is no --model.")
+
     import pairclip
     from pairclip.report import write_check_report
 
-    if args.overwrite and args.output is None:
-        raise ValueError("--overwrite would be ignored: there is no --output.")
-    clean = args.write_clean
-    if clean is not None and (clean.suffix.lower() != ".csv" or clean.is_dir()):
-        raise ValueError(f"--write-clean '{clean}' must be a file that ends in .csv.")
     parts = data.open_parts("DATA", args.data, args)
     tower = None if args.model is None else load_model("--model", args.model)
     if args.output is not None:
@@ -81,7 +92,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     print(check.to_text())
     if tower is None:
-        print("\nLabels were not looked at: that needs a --model.")
+        print("\nWhether labels are right was not looked at: that needs --model.")
     if args.output is not None:
         outputs.write_json(args.output / "check.json", check.to_dict())
         page = write_check_report(args.output, check, note=f"The images of {args.data}.")
@@ -89,5 +100,5 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if clean is not None:
         clean.parent.mkdir(parents=True, exist_ok=True)
         count = check.write_clean(clean)
-        print(f"\n{count:,} of {len(check.items):,} images are in {clean}.")
+        print(f"\nImages in {clean}: {count:,} of {len(check.items):,}.")
     return check.to_dict()

@@ -17,6 +17,7 @@ from pairclip.command.arguments import DATA_HELP
 
 _TABLES = (".csv", ".tsv", ".parquet", ".jsonl", ".ndjson")
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
+TEST_FRACTION = 0.2
 _HELD_OUT = ("test", "val", "valid", "validation")
 
 
@@ -55,10 +56,10 @@ def open_images(
         ValueError: If it is something else, in words on what to do about it.
         FileNotFoundError: If there is nothing.
     """
-    _check(name, path)
+    check_there(name, path)
     if split is not None and path.is_file():
-        return pairclip.LabelledImages(_table(path, args, split))
-    parts = [*_table_parts(path, args)] if path.is_file() else _parts(path)
+        return _labelled(_table(name, path, args, split), args)
+    parts = [*_table_parts(name, path, args)] if path.is_file() else _parts(path)
     if split is not None and split not in parts:
         raise ValueError(f"{name} '{path}' has no part {split!r}: {' and '.join(parts) or 'none'}.")
     if split is None and len(parts) > 1:
@@ -68,8 +69,8 @@ def open_images(
             "instance."
         )
     if path.is_file():
-        return pairclip.LabelledImages(_table(path, args))
-    return _open_folder(name, path / (split or (parts[0] if parts else "")))
+        return _labelled(_table(name, path, args), args)
+    return _open_folder(name, path / (split or (parts[0] if parts else "")), args)
 
 
 def open_split(name: str, path: Path, args: argparse.Namespace) -> Split:
@@ -77,6 +78,11 @@ def open_split(name: str, path: Path, args: argparse.Namespace) -> Split:
     parts = open_parts(name, path, args)
     names = list(parts)
     if names[0] == "train" and len(names) > 1:
+        if args.test_fraction != TEST_FRACTION:
+            raise ValueError(
+                f"--test-fraction {args.test_fraction:g} would be ignored: {name} '{path}' has "
+                f"{' and '.join(names)}."
+            )
         said = f"trained on {names[0]}, evaluated on {names[1]}"
         said += "".join(f"; {part} is not used" for part in names[2:])
         return divide(parts["train"], parts[names[1]], said, args)
@@ -107,12 +113,12 @@ def open_parts(
     name: str, path: Path, args: argparse.Namespace
 ) -> dict[str, pairclip.LabelledImages]:
     """All images by the name of their part, undivided where there are no parts."""
-    _check(name, path)
+    check_there(name, path)
     if path.is_file():
-        tables = _table_parts(path, args) or {"all": _table(path, args)}
-        return {part: pairclip.LabelledImages(table) for part, table in tables.items()}
-    parts = {part: _open_folder(name, path / part) for part in _parts(path)}
-    return parts or {"all": _open_folder(name, path)}
+        tables = _table_parts(name, path, args) or {"all": _table(name, path, args)}
+        return {part: _labelled(table, args) for part, table in tables.items()}
+    parts = {part: _open_folder(name, path / part, args) for part in _parts(path)}
+    return parts or {"all": _open_folder(name, path, args)}
 
 
 def divide(train: Any, test: Any, said: str, args: argparse.Namespace) -> Split:
@@ -126,12 +132,37 @@ def divide(train: Any, test: Any, said: str, args: argparse.Namespace) -> Split:
     trained = [name for name in train.class_names or [] if name not in classes]
     if train.class_names and not trained:
         raise ValueError("--hold-out-classes leaves no class to train on.")
-    return Split(
+    split = Split(
         train=_some_of(train, classes, False, args.train_per_class, args.seed),
         test=_some_of(test, classes, False, args.test_per_class, args.seed),
         held_out=_some_of(test, classes, True, args.test_per_class, args.seed) if classes else None,
         said=said,
     )
+    _check_sizes(split, args)
+    return split
+
+
+def _check_sizes(split: Split, args: argparse.Namespace) -> None:
+    """Raise where there is nothing to learn or to find, before anything is embedded."""
+    classes = np.unique(pairclip.labels_of(split.train).numpy(), return_counts=True)[1]
+    if len(classes) < 2 or classes.max() < 2:
+        one, more = ("class", "classes") if len(classes) < 2 else ("image of each class", "images")
+        raise ValueError(
+            f"There is one {one} to train on ({split.said}), and pairs need two. Give more {more}."
+        )
+    for images, which in ((split.test, ""), (split.held_out, " of --hold-out-classes")):
+        if images is not None and not has_pairs(images):
+            raise ValueError(
+                f"There is one image of each class{which} to evaluate on ({split.said}), and it "
+                f"would search for another one. Give a larger --test-fraction than "
+                f"{args.test_fraction:g} where images are held out, or more images."
+            )
+
+
+def has_pairs(images: Any) -> bool:
+    """Whether a class has two images, so that one can be searched for with the other."""
+    counts = np.unique(pairclip.labels_of(images).numpy(), return_counts=True)[1]
+    return bool(counts.max() > 1)
 
 
 def described(dataset: Any) -> dict[str, Any]:
@@ -158,7 +189,22 @@ def _fingerprint(images: pairclip.LabelledImages) -> str:
     return digest.hexdigest()[:16]
 
 
-def _check(name: str, path: Path) -> None:
+def check_data(args: argparse.Namespace, paths: dict[str, Path | None]) -> None:
+    """Raise where data can't be opened, or an argument would be ignored; nothing is loaded."""
+    given = {name: path for name, path in paths.items() if path is not None}
+    for name, path in given.items():
+        check_there(name, path)
+    if all(path.is_dir() for path in given.values()):
+        for flag, default in (("image_column", "image"), ("label_column", "label"), ("root", None)):
+            if getattr(args, flag) != default:
+                raise ValueError(
+                    f"--{flag.replace('_', '-')} {getattr(args, flag)} would be ignored: it is of "
+                    f"a table, and {' and '.join(given)} is a folder."
+                )
+
+
+def check_there(name: str, path: Path) -> None:
+    """Raise where a path can be no data, before anything heavy is loaded."""
     if not path.exists():
         raise FileNotFoundError(f"{name} '{path}' does not exist. Give {DATA_HELP}.")
     if path.is_dir():
@@ -167,6 +213,12 @@ def _check(name: str, path: Path) -> None:
         raise ValueError(f"{name} '{path}' is an archive. Unpack it, and give the folder.")
     if path.suffix.lower() not in _TABLES:
         raise ValueError(f"{name} '{path}' is neither a folder nor a table. Give {DATA_HELP}.")
+
+
+def _labelled(dataset: Any, args: argparse.Namespace) -> pairclip.LabelledImages:
+    if getattr(args, "skip_unreadable", False):
+        return pairclip.LabelledImages(dataset, on_error="skip", num_workers=args.num_workers)
+    return pairclip.LabelledImages(dataset)
 
 
 def _parts(folder: Path) -> list[str]:
@@ -178,12 +230,12 @@ def _parts(folder: Path) -> list[str]:
     ]
 
 
-def _open_folder(name: str, folder: Path) -> pairclip.LabelledImages:
+def _open_folder(name: str, folder: Path, args: argparse.Namespace) -> pairclip.LabelledImages:
     """The images of its class folders; an error where images lie flat, or there are none."""
     from pairclip.datasets import image_files
 
     if any(entry.is_dir() and entry.name[0] not in "._" for entry in folder.iterdir()):
-        return pairclip.LabelledImages(str(folder))
+        return _labelled(str(folder), args)
     if count := len(image_files(folder)):
         raise ValueError(
             f"{name} '{folder}' has {count:,} images but no subfolders, so nothing says their "
@@ -193,19 +245,32 @@ def _open_folder(name: str, folder: Path) -> pairclip.LabelledImages:
     raise ValueError(f"{name} '{folder}' has no images. Give {DATA_HELP}.")
 
 
-def _table(path: Path, args: argparse.Namespace, split: str | None = None) -> Any:
-    return pairclip.TableDataset(
-        path, image=args.image_column, label=args.label_column, root=args.root, split=split
-    )
+def _table(name: str, path: Path, args: argparse.Namespace, split: str | None = None) -> Any:
+    try:
+        return pairclip.TableDataset(
+            path, image=args.image_column, label=args.label_column, root=args.root, split=split
+        )
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        flag = "--gallery-split" if name == "--gallery" else "--split"
+        words = (
+            str(error)
+            .replace("`table` ", "")
+            .replace(f"'{path}' ", "")
+            .replace("`root=`", "--root")
+        )
+        words = words.replace("`split`", flag).replace(", or a dict from columns to values", "")
+        if "has no column" in words:
+            words += " Name its columns with --image-column and --label-column."
+        raise type(error)(f"{name} '{path}': {words}") from error
 
 
-def _table_parts(path: Path, args: argparse.Namespace) -> dict[str, Any]:
+def _table_parts(name: str, path: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Rows of each part, train first, of a table that has a column `split`."""
     parts = {}
     for part in ("train", *_HELD_OUT):
         # A table without that part, or without the column, is opened as a whole below.
         with suppress(ValueError):
-            parts[part] = _table(path, args, part)
+            parts[part] = _table(name, path, args, part)
     return parts
 
 

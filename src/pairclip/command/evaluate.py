@@ -14,10 +14,11 @@ from pairclip.command.arguments import (
     add_loading,
     add_model,
     add_page,
+    add_skip,
     add_table_columns,
     number,
 )
-from pairclip.command.models import load_model
+from pairclip.command.models import check_model, load_model
 
 RESULTS = ("metrics.json", "report.html")
 
@@ -48,7 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of tables: images of a query's class that have its value in this column (a camera, "
         "a photograph) are neither finds nor misses (default: none)",
     )
-    add_model(parser, "--against", "another tower, shown as before", metavar="ID_OR_FOLDER")
+    add_model(
+        parser,
+        "--against",
+        "another tower to compare with, shown as before (default: none)",
+        metavar="ID_OR_FOLDER",
+    )
     parser.add_argument(
         "--false-match-rate",
         type=number(0, 1),
@@ -57,24 +63,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "of the pairs of different classes may be called so: the --min-score of a search (default: "
         "none)",
     )
-    add_page(parser, "evaluation")
+    add_page(parser, "the evaluation that is in OUTPUT")
     add_table_columns(parser)
+    add_skip(parser)
     add_loading(parser)
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Do what the arguments say."""
-    from pairclip._files import plain
-
     if args.overwrite and args.output is None:
         raise ValueError("--overwrite would be ignored: there is no --output.")
     if args.gallery_split is not None and args.gallery is None:
         raise ValueError("--gallery-split would be ignored: there is no --gallery.")
+    if args.output is not None:
+        outputs.check_output(args.output, args, RESULTS)
+    data.check_data(args, {"DATA": args.data, "--gallery": args.gallery})
+    check_model("MODEL", args.model)
+    if args.against is not None:
+        check_model("--against", args.against)
+
+    from pairclip._files import plain
+
     images = data.open_images("DATA", args.data, args, args.split)
     gallery = None
     if args.gallery is not None:
         gallery = data.open_images("--gallery", args.gallery, args, args.gallery_split)
+    elif not data.has_pairs(images):
+        raise ValueError(
+            f"DATA '{args.data}' has one image of each class, and each would search for another "
+            "one. Give more images, or a --gallery."
+        )
     tower = load_model("MODEL", args.model)
     if args.output is not None:
         facts = {"tower": tower.fingerprint(), "data": data.described(images)}

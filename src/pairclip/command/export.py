@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from pairclip.command import outputs
 from pairclip.command.arguments import add_json, add_model
-from pairclip.command.models import load_model
+from pairclip.command.models import check_model, load_model
 
 _LIBRARIES = ("transformers", "sentence-transformers", "open_clip", "timm")
 
@@ -35,24 +36,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("float32", "float16"),
         default="float32",
-        help="of the weights; float16 takes half the room",
+        help="type of the weights; float16 takes half the room",
     )
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Do what the arguments say."""
-    import torch
-
     onnx = args.to == "onnx"
     is_other = args.output.is_dir() if onnx else args.output.is_file()
     if is_other or onnx != (args.output.suffix == ".onnx"):
         wanted = "a file that ends with .onnx" if onnx else f"a folder, for --to {args.to}"
         raise ValueError(f"--output '{args.output}' must be {wanted}.")
-    if args.output.exists() and not args.overwrite and (onnx or any(args.output.iterdir())):
-        raise ValueError(
-            f"--output '{args.output}' is there already. Give another place, or --overwrite."
-        )
+    # An empty folder has nothing to lose; beside an ONNX file there is one that describes it.
+    if onnx or not args.output.exists() or any(args.output.iterdir()):
+        outputs.check_new("--output", args.output, args.overwrite)
+    if onnx:
+        outputs.check_new("--output", args.output.with_suffix(".json"), args.overwrite)
+    check_model("MODEL", args.model)
+
+    import torch
+
     tower = load_model("MODEL", args.model, "cpu")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     dtype = getattr(torch, args.dtype)

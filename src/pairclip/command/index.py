@@ -9,9 +9,10 @@ from typing import Any
 import pairclip
 from pairclip.command import outputs
 from pairclip.command.arguments import add_json, add_loading, add_model
-from pairclip.command.models import load_model
+from pairclip.command.models import check_model, load_model
 
 CONTENTS = "contents.json"
+_HEADER = "image_index.json"  # of the library's index
 _SHOWN_PROBLEMS = 10
 
 
@@ -26,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="INDEX",
-        help="folder for the index; one that is there is used where nothing has changed, else "
-        "replaced",
+        help="folder for the index; the index that is there is used where nothing has changed, "
+        "else replaced",
     )
     add_loading(parser)
     add_json(parser)
@@ -37,10 +38,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Do what the arguments say."""
     if args.output.exists() and not args.output.is_dir():
         raise ValueError(f"--output '{args.output}' is a file. Give a folder for the index.")
+    if not args.folder.is_dir():  # said below, in words
+        image_files("FOLDER", args.folder)
+    check_model("MODEL", args.model)
+    outputs.check_writable("--output", args.output)
+    if (args.output / CONTENTS).exists() != (args.output / _HEADER).exists():
+        raise ValueError(
+            f"--output '{args.output}' has files that `pairclip index` did not write, or not to "
+            f"the end: {CONTENTS} without {_HEADER}, or the reverse. Give another folder, "
+            "or remove them."
+        )
     files = image_files("FOLDER", args.folder)
     tower = load_model("MODEL", args.model)
-    index = index_of(files, tower, str(args.model), args.output, args)
-    print(f"{len(index):,} images are in the index {args.output}.")
+    # A search may start elsewhere.
+    model = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
+    index = index_of(files, tower, model, args.output, args)
+    print(f"Images in {args.output}: {len(index):,}.")
     left_out = read_contents(args.output)["unreadable"]
     return {"index": str(args.output), "images": len(index), "unreadable": left_out}
 
@@ -56,7 +69,7 @@ def image_files(name: str, folder: Path) -> dict[str, list[int]]:
     paths = files_of(folder.resolve())
     if not paths:
         raise ValueError(f"{name} '{folder}' has no images.")
-    print(f"{len(paths):,} images in {folder}.")
+    print(f"Images in {folder}: {len(paths):,}.")
     stats = [(path, Path(path).stat()) for path in paths]
     return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats}
 
@@ -80,7 +93,6 @@ def index_of(
             return index
         except (ValueError, FileNotFoundError) as error:
             print(f"Indexing anew, since the saved index can't be used. {error}")
-        (saved / CONTENTS).unlink(missing_ok=True)
     problems = pairclip.check_images(([*files], [0] * len(files)), num_workers=args.num_workers)
     unreadable = {str(problem.path): problem.reason for problem in problems}
     _say_unreadable(unreadable)
@@ -113,7 +125,7 @@ def read_contents(saved: Path) -> dict[str, Any]:
 def _say_unreadable(problems: dict[str, str]) -> None:
     """Name the images that are left out."""
     if problems:
-        print(f"LEFT OUT: {len(problems):,} images can't be read.")
+        print(f"LEFT OUT, because they can't be read: {len(problems):,} of the images.")
     for path, problem in list(problems.items())[:_SHOWN_PROBLEMS]:
         print(f"  {path!r}: {problem}")
     if len(problems) > _SHOWN_PROBLEMS:

@@ -6,6 +6,7 @@ import argparse
 import os
 import platform
 import shutil
+import tempfile
 import time
 import warnings
 from importlib.metadata import PackageNotFoundError, version
@@ -41,6 +42,7 @@ def check_output(folder: Path, args: argparse.Namespace, results: tuple[str, ...
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output '{folder}' is a file. Give a folder for the results.")
+    check_writable("--output", folder)
     # run.json alone is of a run that failed before it wrote anything.
     existing = [name for name in results if (folder / name).exists()]
     if not existing or args.overwrite:
@@ -60,6 +62,35 @@ def check_output(folder: Path, args: argparse.Namespace, results: tuple[str, ...
     raise ValueError(
         f"--output '{folder}' holds another {another}. Give another folder, or --overwrite{more}."
     )
+
+
+def check_new(name: str, path: Path, overwrite: bool) -> None:
+    """Look whether a file may be written.
+
+    Args:
+        name: What the path is called on the command line.
+        path: The file.
+        overwrite: Whether it may replace another one.
+
+    Raises:
+        ValueError: If it is there, or can't be written.
+    """
+    if path.exists() and not overwrite:
+        raise ValueError(f"{name} '{path}' is there already. Give another place, or --overwrite.")
+    check_writable(name, path.parent)
+
+
+def check_writable(name: str, folder: Path) -> None:
+    """Raise unless files can be made in a folder, or in what is there of the way to it."""
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):  # permissions alone don't tell
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(
+            f"{name}: nothing can be written into '{there}': {reason}. Give another place."
+        ) from error
 
 
 def place_to_continue(folder: Path) -> str | None:

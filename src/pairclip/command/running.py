@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from pairclip.command.arguments import HelpFormatter
 
 _SUBCOMMANDS = (check, tune, evaluate, index, search, export)
 _FAILED, _INTERRUPTED = 1, 130
+# Flags that have another name than the library's argument.
+_FLAGS = {"all_but_last": "train_blocks", "labels": "label_column"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -68,9 +71,29 @@ def obey(run: Callable[[Any], Any], args: argparse.Namespace) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
-        print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        print(f"error: {_in_words(error, args)}", file=sys.stderr)
         return _FAILED
     return 0
+
+
+def _in_words(error: Exception, args: argparse.Namespace) -> str:
+    """One line, with flags in place of the names that the library has for them."""
+
+    def flag(match: re.Match[str]) -> str:
+        name = _FLAGS.get(match[1], match[1])
+        name = (
+            f"embed_{name}" if hasattr(args, f"embed_{name}") and not hasattr(args, name) else name
+        )
+        known = hasattr(args, name.removeprefix("--").replace("-", "_"))
+        return f"--{name.replace('_', '-')}" if known else match[0]
+
+    words = re.sub(r"`(\w+)=?`", flag, " ".join(str(error).split())) or type(error).__name__
+    if "can't be read" in words and hasattr(args, "skip_unreadable") and not args.skip_unreadable:
+        words += (
+            "" if words.endswith(".") else "."
+        ) + " Leave out such images with --skip-unreadable, or list all of them: pairclip check "
+        words += f"{args.data} --write-clean clean.csv"
+    return words
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

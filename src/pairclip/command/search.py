@@ -10,16 +10,25 @@ from typing import Any
 import pairclip
 from pairclip.command.arguments import add_json, add_model, number, whole_number
 from pairclip.command.index import CONTENTS, read_contents
-from pairclip.command.models import load_model
+from pairclip.command.models import check_model, load_model
+from pairclip.command.outputs import check_new
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what this subcommand takes."""
-    parser.add_argument("index", metavar="INDEX", type=Path, help="what `pairclip index` wrote")
     parser.add_argument(
-        "queries", metavar="QUERY", type=Path, nargs="+", help="images to search with"
+        "index", metavar="INDEX", type=Path, help="folder that `pairclip index` wrote"
     )
-    parser.add_argument("-k", type=whole_number(1), default=12, metavar="N", help="images to find")
+    parser.add_argument(
+        "queries",
+        metavar="QUERY",
+        type=Path,
+        nargs="+",
+        help="images to search with; one that is in the index is left out of what it finds",
+    )
+    parser.add_argument(
+        "-k", type=whole_number(1), default=12, metavar="N", help="number of images to find"
+    )
     parser.add_argument(
         "--min-score",
         type=number(-1, 1, ends=True),
@@ -28,7 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "which one on two images are called one class (default: none)",
     )
     parser.add_argument(
-        "--html", type=Path, metavar="FOLDER", help="write a page there as well (default: none)"
+        "--html",
+        type=Path,
+        metavar="FOLDER",
+        help="write a page there, search.html, too (default: results are only printed)",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the page that is in the folder of --html"
     )
     add_model(
         parser,
@@ -49,8 +64,13 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     check_queries(args.queries)
     if args.html is not None and args.html.exists() and not args.html.is_dir():
         raise ValueError(f"--html '{args.html}' is a file. Give a folder for the page.")
+    if args.html is not None:
+        check_new("--html", args.html / "search.html", args.overwrite)
+    elif args.overwrite:
+        raise ValueError("--overwrite would be ignored: there is no --html.")
     contents = read_contents(args.index)
     model = args.model or contents["model"]
+    check_model("--model", model)
     tower = load_model("--model", model)
     index = pairclip.ImageIndex.load(args.index, tower)
     answers = [search(index, query, args.k, args.min_score) for query in args.queries]

@@ -13,11 +13,12 @@ from pairclip.command.arguments import (
     add_json,
     add_loading,
     add_model,
+    add_skip,
     add_table_columns,
     number,
     whole_number,
 )
-from pairclip.command.models import load_model
+from pairclip.command.models import check_model, load_model
 from pairclip.command.outputs import check_output
 from pairclip.command.tuning import RECIPES, RESULTS, tune
 
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser, "--model", "the tower to tune", default=CLIP, metavar="ID_OR_FOLDER")
     add_settings(parser, output=None)
     add_table_columns(parser)
+    add_skip(parser)
     add_json(parser)
 
 
@@ -61,8 +63,8 @@ def add_settings(parser: argparse.ArgumentParser, *, output: Path | None) -> Non
         "--recipe",
         choices=sorted(RECIPES),
         default="preserving",
-        help="defaults of --batch-size, --preserve-... and --blend: preserving keeps what the "
-        "tower can do on other classes, plain trains without a thought for that",
+        help="what --batch-size, --preserve-... and --blend are by default: preserving keeps what "
+        "the tower can do on other classes, plain trains without a thought for that",
     )
     add(
         "--compare",
@@ -75,11 +77,17 @@ def add_settings(parser: argparse.ArgumentParser, *, output: Path | None) -> Non
         "--compare-steps",
         type=count,
         metavar="N",
-        help="of all trainings of --compare together, at most (default: as many as they need)",
+        help="bound on the steps of all trainings of --compare together (default: as many as they "
+        "need)",
     )
     weight = number(0, ends=True)
     add("--epochs", type=count, default=4, metavar="N", help="passes over the training images")
-    add("--max-steps", type=count, metavar="N", help="steps to train, instead of --epochs")
+    add(
+        "--max-steps",
+        type=count,
+        metavar="N",
+        help="steps to train, instead of --epochs (default: what --epochs makes)",
+    )
     add(
         "--batch-size",
         type=whole_number(2),
@@ -111,12 +119,17 @@ def add_settings(parser: argparse.ArgumentParser, *, output: Path | None) -> Non
         default="squared",
         help="cost of two images of different classes, of their cosine",
     )
-    add("--margin", type=float, metavar="COSINE", help="of the hinge (default: 0.2)")
+    add(
+        "--margin",
+        type=number(-1, 1, ends=True),
+        metavar="COSINE",
+        help="cosine from which the hinge costs something (default: 0.2)",
+    )
     add(
         "--pairs",
         choices=["all", "sampled"],
         default="all",
-        help="pairs of a batch that count",
+        help="pairs of a batch that count: all of them, or those that were drawn",
     )
     add(
         "--positive-fraction",
@@ -129,49 +142,74 @@ def add_settings(parser: argparse.ArgumentParser, *, output: Path | None) -> Non
         "--preserve-similarities",
         type=weight,
         metavar="WEIGHT",
-        help="of keeping the similarities that the untouched tower gives (default: 0.35; plain 0)",
+        help="weight of keeping the similarities that the untouched tower gives "
+        "(default: 0.35; plain 0)",
     )
     add(
         "--preserve-embeddings",
         type=weight,
         metavar="WEIGHT",
-        help="of keeping each embedding where it was (default: 0.15; plain 0)",
+        help="weight of keeping each embedding where it was (default: 0.15; plain 0)",
     )
     add(
         "--keep",
         type=Path,
         metavar="FOLDER",
-        help="images of other things, whose embeddings stay where they are; a fourth of each batch",
+        help="images of other things, whose embeddings stay where they are; a fourth of each batch "
+        "(default: none)",
     )
     add(
         "--blend",
         type=number(0, 1, ends=True),
         metavar="SHARE",
-        help="of the trained weights in the tower that is written, the rest being of the untouched "
-        "one (default: 0.8; plain 1)",
+        help="share of the trained weights in the tower that is written, the rest being of the "
+        "untouched one (default: 0.8; plain 1)",
     )
-    add("--image-size", type=count, metavar="PIXELS", help="(default: the tower's own)")
+    add(
+        "--image-size",
+        type=count,
+        metavar="PIXELS",
+        help="side of the images that the tower gets (default: its own)",
+    )
     add(
         "--test-fraction",
         type=share,
-        default=0.2,
+        default=data.TEST_FRACTION,
         metavar="SHARE",
-        help="of each class, held out where DATA has no test part",
+        help="share of each class that is held out where DATA has no test part",
     )
-    add("--train-per-class", type=count, metavar="N", help="images trained on (default: all)")
-    add("--test-per-class", type=count, default=200, metavar="N", help="images evaluated on")
+    add(
+        "--train-per-class",
+        type=whole_number(2),
+        metavar="N",
+        help="images of each class to train on (default: all)",
+    )
+    add(
+        "--test-per-class",
+        type=whole_number(2),
+        default=200,
+        metavar="N",
+        help="images of each class to evaluate on, at most",
+    )
     add(
         "--hold-out-classes",
         metavar="A,B",
-        help="not trained on, and evaluated apart (default: none)",
+        help="names of classes that are not trained on, and are evaluated apart (default: none)",
     )
     add_loading(parser)
-    add("--seed", type=whole_number(0), default=0, metavar="N", help="decides split and batches")
+    add(
+        "--seed",
+        type=whole_number(0),
+        default=0,
+        metavar="N",
+        help="decides the random choices: split and batches",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
     """Do what the arguments say."""
     check(args)
+    data.check_data(args, {"DATA": args.data})
     split = data.open_split("DATA", args.data, args)
     return tune(
         args, split, lambda device: load_model("--model", args.model, device, args.image_size)
@@ -183,6 +221,7 @@ def check(args: argparse.Namespace) -> None:
     if args.overwrite and args.resume:
         raise ValueError("--overwrite starts anew and --resume continues: give one of them.")
     check_output(args.output, args, RESULTS)
+    check_model("--model", args.model)
     if args.negatives != "hinge" and args.margin is not None:
         raise ValueError(
             f"--margin {args.margin:g} would be ignored: it is for --negatives hinge, got "
@@ -211,6 +250,9 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--keep {args.keep} would be ignored: it needs --preserve-embeddings above 0."
         )
+    if args.keep is not None and not args.keep.is_dir():
+        what = "is a file" if args.keep.exists() else "does not exist"
+        raise ValueError(f"--keep '{args.keep}' {what}. Give a folder of images.")
 
 
 def _check_compare(args: argparse.Namespace) -> None:

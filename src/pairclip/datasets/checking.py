@@ -13,7 +13,7 @@ from pairclip import _checks
 from pairclip._progress import progress
 from pairclip._randomness import random_state_kept
 from pairclip.datasets.loading import HostLoader
-from pairclip.datasets.source import LabelsDiffer, Source
+from pairclip.datasets.source import LabelsDiffer, Source, reason_of
 
 _AT_ONCE = 32
 _NAMED = 3  # problems in a message
@@ -97,6 +97,5 @@ class _Attempts(Dataset["Result | Problem"], Generic[Result]):
         except LabelsDiffer:
             raise  # no fault of the image
         except (ValueError, TypeError) as error:
-            reason = str(error.__cause__ or error) or type(error.__cause__).__name__
-            return Problem(index, path, reason)
+            return Problem(index, path, reason_of(error.__cause__ or error))
         return self.look(image, path)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from pairclip.datasets.notices import Notices
@@ -16,6 +16,13 @@ from pairclip.datasets.rgb import Say, as_rgb
 
 if TYPE_CHECKING:
     from pairclip.datasets.checking import Problem
+
+
+def reason_of(error: BaseException) -> str:
+    """What went wrong with an image, without the path, which the message has already."""
+    if isinstance(error, UnidentifiedImageError):
+        return "cannot identify image file."
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 class LabelsDiffer(ValueError):
@@ -80,8 +87,7 @@ class Source:
         # Damaged files lead Pillow into errors of any kind, and an IndexError would end a loop.
         except Exception as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
-            reason = str(error) or type(error).__name__
-            raise kind(f"{self.name(index)} can't be read: {reason}") from error
+            raise kind(f"{self.name(index)} can't be read: {reason_of(error)}") from error
 
     def decode(self, index: int, say: Say, shorter_side: int | None) -> Image.Image:
         """The image, decoded at `shorter_side`, or at its own where that is None."""
