@@ -540,7 +540,7 @@ def test_split_of_an_odd_number_of_rows_is_an_error():
             ValueError,
             r"`labels` must have .*\[3, 3\].*argmax\(1\)",
         ),
-        ({"labels": 3}, ValueError, r"`labels` must have shape \[N\], .* got \[\]"),
+        ({"labels": 3}, TypeError, r"`labels` must be a list, an array or a tensor, .* got int"),
         ({"shuffle": True}, TypeError, "shuffle"),
     ],
 )
