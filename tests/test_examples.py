@@ -273,7 +273,7 @@ def test_a_cifar10_that_nobody_has_is_an_error_with_ways_out(
     ("arguments", "message"),
     [
         (["--learning-rate", "1e38"], "Stopped at step"),
-        (["--image-size", "17"], "`image_size` must be a multiple of the patch size 8, got 17"),
+        (["--image-size", "17"], "--image-size must be a multiple of the patch size 8, got 17"),
     ],
 )
 def test_what_the_library_refuses_ends_in_one_line(

@@ -19,6 +19,7 @@ from pairclip.command.arguments import HelpFormatter
 
 _SUBCOMMANDS = (check, tune, evaluate, index, search, export)
 _FAILED, _INTERRUPTED = 1, 130
+_UNREADABLE = re.compile(r"Image \d+.* can't be read")
 # Flags that have another name than the library's argument.
 _FLAGS = {"all_but_last": "train_blocks", "labels": "label_column"}
 
@@ -81,18 +82,16 @@ def _in_words(error: Exception, args: argparse.Namespace) -> str:
 
     def flag(match: re.Match[str]) -> str:
         name = _FLAGS.get(match[1], match[1])
-        name = (
-            f"embed_{name}" if hasattr(args, f"embed_{name}") and not hasattr(args, name) else name
-        )
-        known = hasattr(args, name.removeprefix("--").replace("-", "_"))
-        return f"--{name.replace('_', '-')}" if known else match[0]
+        if not hasattr(args, name) and hasattr(args, f"embed_{name}"):
+            name = f"embed_{name}"
+        return f"--{name.replace('_', '-')}" if hasattr(args, name) else match[0]
 
     words = re.sub(r"`(\w+)=?`", flag, " ".join(str(error).split())) or type(error).__name__
-    if "can't be read" in words and hasattr(args, "skip_unreadable") and not args.skip_unreadable:
-        words += (
-            "" if words.endswith(".") else "."
-        ) + " Leave out such images with --skip-unreadable, or list all of them: pairclip check "
-        words += f"{args.data} --write-clean clean.csv"
+    if getattr(args, "skip_unreadable", None) is False and _UNREADABLE.search(words):
+        words = (
+            f"{words.removesuffix('.')}. Leave out such images with --skip-unreadable, or list "
+            f"all of them: pairclip check {args.data} --write-clean clean.csv"
+        )
     return words
 
 
