@@ -1,5 +1,7 @@
 """Embeddings of datasets and of images alone, against the tower itself."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,15 @@ from torch import nn
 from torch.testing import assert_close
 from torchvision import transforms
 
-from pairclip import LabelledImages, VisionTower, embed_images, load_tower
+from pairclip import (
+    ImageIndex,
+    LabelledImages,
+    VisionTower,
+    embed_images,
+    evaluate,
+    load_tower,
+    occlusion_saliency,
+)
 
 
 def by_hand(tower: VisionTower, pictures: np.ndarray) -> torch.Tensor:
@@ -176,3 +186,18 @@ def test_preprocessing_that_has_no_form_on_the_device_is_refused(tower, images) 
     )
     with pytest.raises(ValueError, match=r"on cpu they are off by 2\.\d of 256 levels"):
         embed_images(tower, images, on_device=True)
+
+
+@pytest.mark.parametrize("tower", [None, "openai/clip", torch.nn.Linear(3, 3)])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda tower, images: embed_images(tower, images),
+        lambda tower, images: evaluate(tower, (images, [0, 0, 1, 1])),
+        lambda tower, images: ImageIndex.build(tower, images),
+        lambda tower, images: occlusion_saliency(tower, images[0], images[1]),
+    ],
+)
+def test_what_is_no_tower_is_named(use: Any, tower: Any) -> None:
+    with pytest.raises(TypeError, match=r"`tower` must be a VisionTower, got .*load_tower"):
+        use(tower, np.zeros((4, 16, 16, 3), np.uint8))

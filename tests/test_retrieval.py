@@ -481,6 +481,16 @@ def test_metrics_together_are_those_of_each_function(collapsed: int) -> None:
         assert ones == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_no_rows_are_an_error_that_names_them(function: Any) -> None:
+    none, of_none = torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)
+    rows, labels = sample(10)
+    with pytest.raises(ValueError, match="`embeddings` must have at least one row"):
+        function(none, of_none)
+    with pytest.raises(ValueError, match="`queries` must have at least one row"):
+        function(rows, labels, queries=rows[:0], query_labels=of_none)
+
+
 @pytest.mark.parametrize("include", ["map_at_r", (), ["recall_at_0"], ["recall"], ["knn"], [5]])
 def test_unknown_metrics_are_refused(include: Any) -> None:
     with pytest.raises(ValueError, match=r"^`include` "):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def reason_of(error: BaseException) -> str:
     """What went wrong with an image, without the path, which the message has already."""
     if isinstance(error, UnidentifiedImageError):
-        return "cannot identify image file."
+        return "cannot identify image file"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 

@@ -21,6 +21,7 @@ from pairclip.embedding.processes import Together
 from pairclip.towers import VisionTower
 from pairclip.towers.modes import evaluating
 from pairclip.towers.preprocess import Preprocess
+from pairclip.towers.vision_tower import check_embeds
 
 Precision = Literal["auto", "no", "bf16", "fp16"]
 # Batches whose embeddings are on their way from the device while it computes the next.
@@ -108,6 +109,7 @@ def embed(
 
     With `alone`, this process embeds all, whether there are others or not.
     """
+    check_embeds(tower)
     together = Together(_CALL, alone=alone)
     count, device = len(images), next((p.device for p in tower.parameters()), torch.device("cpu"))
     share = _share(count, together.process, together.processes)

@@ -17,6 +17,7 @@ from pairclip.index.queries import Searcher
 from pairclip.index.searching import ExactSearch
 from pairclip.index.segments import Segment, labels_of, paths_of, places_of
 from pairclip.towers import VisionTower
+from pairclip.towers.vision_tower import check_embeds
 
 
 class ImageIndex(ExactSearch):
@@ -119,6 +120,7 @@ class ImageIndex(ExactSearch):
             RuntimeError: If another process failed, was ended or did not call it.
         """
         check_dtype(dtype)
+        check_embeds(tower)
         fingerprint = tower.fingerprint()
         images, labelled = images_of("dataset", dataset)
         segment = embedded(tower, images, dtype, batch_size=batch_size, num_workers=num_workers)
@@ -160,6 +162,8 @@ class ImageIndex(ExactSearch):
             ImportError: If pyarrow is missing.
         """
         check_dtype(dtype)
+        if tower is not None:
+            check_embeds(tower)
         segment, names, fingerprint = read_parquet(Path(folder), dtype)
         if fingerprint is None:
             fingerprint = "unknown" if tower is None else tower.fingerprint()

@@ -13,6 +13,7 @@ from torch import Tensor
 from pairclip import _checks
 from pairclip.embedding import embed, open_images
 from pairclip.towers import VisionTower
+from pairclip.towers.vision_tower import check_embeds
 
 # Values per weight that are looked at before each search, to notice a tower that was trained.
 _SAMPLED = 64
@@ -22,6 +23,8 @@ class Searcher:
     """Makes embeddings of queries, by the tower that an index was built with or none."""
 
     def __init__(self, tower: VisionTower | None, fingerprint: str) -> None:
+        if tower is not None:
+            check_embeds(tower)
         self.tower = tower
         self.fingerprint = fingerprint
         self._sample: Tensor | None = None

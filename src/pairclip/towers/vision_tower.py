@@ -246,6 +246,12 @@ class Head(_Half):
         return features
 
 
+def check_embeds(tower: object) -> None:
+    """Raise a TypeError unless this is a tower, one with adapters, or a part of a split one."""
+    if not hasattr(tower, "preprocess"):
+        tower_of(tower)
+
+
 def tower_of(model: object) -> VisionTower:
     """The tower itself, or the one inside what `peft.get_peft_model` made of it."""
     tower = adapters.without_wrapper(model)
