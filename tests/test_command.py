@@ -456,7 +456,7 @@ def test_check_prints_and_writes_what_was_found(
     (folder / "ant" / "cut.png").write_bytes((folder / "ant" / "0.png").read_bytes()[:200])
     with Image.open(folder / "cat" / "2.png") as image:
         image.save(folder / "cat" / "twice.png")
-    clean, output = tmp_path / "new" / "clean.csv", tmp_path / "out"
+    clean, output = tmp_path / "clean.csv", tmp_path / "new" / "out"
     options = ("--model", model, "--output", output, "--write-clean", clean, "--doubtful", -9)
     assert run("check", folder, *options) == 0
     said = capsys.readouterr().out
@@ -470,17 +470,20 @@ def test_check_prints_and_writes_what_was_found(
     assert "At most one of the labels is right" not in page
     rows = list(csv.DictReader(clean.read_text().splitlines()))
     assert len(rows) == 30
-    assert rows[0]["image"] == "../data/ant/0.png"
+    assert rows[0]["image"] == "data/ant/0.png"
+    apart = tmp_path / "new" / "apart.csv"
+    assert run("check", folder, "--write-clean", apart) == 0
+    assert str(folder.resolve() / "ant" / "0.png") in apart.read_text()
     assert run("check", folder, "--write-clean", clean) == 1
     assert f"--write-clean '{clean}' is there already. Give another" in capsys.readouterr().err
     assert run("check", folder, "--write-clean", clean, "--overwrite") == 0
     rows = list(csv.DictReader(clean.read_text().splitlines()))
     assert [row["doubt"] for row in rows] == [""] * 30
     capsys.readouterr()
-    for place in ("new", "data"):  # both move together
+    for place in ("clean.csv", "data"):  # both move together
         (tmp_path / "moved").mkdir(exist_ok=True)
         shutil.move(tmp_path / place, tmp_path / "moved" / place)
-    assert run("check", tmp_path / "moved" / "new" / "clean.csv", "--json") == 0
+    assert run("check", tmp_path / "moved" / "clean.csv", "--json") == 0
     assert json.loads(capsys.readouterr().out)["problems"] == {}
 
 

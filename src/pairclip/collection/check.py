@@ -170,10 +170,10 @@ class Check:
     def write_clean(self, path: str | os.PathLike[str]) -> int:
         """Write a CSV table without the images that can't be read and without copies.
 
-        Its columns are image (a path that starts where the table is, so that both can be moved
-        together), label, split and doubt. An image that is in two
-        classes is left out of both; one that is in several parts stays in the last of them, so
-        that nothing is evaluated that was trained on.
+        Its columns are image, label, split and doubt. The path of an image below the folder of the
+        table starts there, so that both can be moved together; others are absolute. An image that
+        is in two classes is left out of both; one that is in several parts stays in the last of
+        them, so that nothing is evaluated that was trained on.
 
         Args:
             path: File to write.
@@ -203,8 +203,6 @@ class Check:
         return len(places)
 
 
-def _path_from(folder: Path, path: str) -> str:
-    try:
-        return os.path.relpath(Path(path).resolve(), folder)
-    except ValueError:  # another drive
-        return str(Path(path).resolve())
+def _path_from(folder: Path, path: str) -> Path:
+    whole = Path(path).resolve()
+    return whole.relative_to(folder) if whole.is_relative_to(folder) else whole
