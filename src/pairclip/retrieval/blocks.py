@@ -129,8 +129,6 @@ def prepare(
 
 def _unit(name: str, embeddings: Any) -> Tensor:
     rows = _checks.as_embeddings(name, embeddings).detach()
-    if not len(rows):
-        raise ValueError(f"`{name}` must have at least one row, got none.")
     if rows.dtype != torch.float64:
         rows = rows.float()
     return finite_unit_rows(name, rows)

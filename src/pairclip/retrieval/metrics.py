@@ -270,6 +270,8 @@ def knn_accuracy(
     search = prepare(train, train_labels, test, test_labels, names=names)
     if k > len(search.items):
         raise ValueError(f"`k` must be at most the number of items, got {k} for {len(train)}.")
+    if not len(search.queries):
+        raise ValueError("`test` must have at least one row, got none.")
     correct = over_blocks(
         search,
         search.rows(),

@@ -126,6 +126,9 @@ def _findable(search: Search) -> tuple[Tensor, Tensor]:
     Sorted by the number of those items, so that the queries of a block have about as many, and by
     class, so that many have the same.
     """
+    if not len(search.queries):
+        name = "embeddings" if search.own else "queries"
+        raise ValueError(f"`{name}` must have at least one row, got none.")
     rows = search.query_classes.argsort(stable=True)
     relevant, order = search.relevant()[rows].sort(stable=True)
     rows = rows[order]
