@@ -644,3 +644,21 @@ def test_an_interruption_and_a_closed_pipe_are_no_tracebacks(
 
     assert obey(interrupted, parser().parse_args(["search", "a", "b"])) == 130
     assert capsys.readouterr().err == "\nInterrupted.\n"
+
+
+def test_contents_never_tell_of_another_index(
+    folder: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = tmp_path / "index"
+    assert run("index", model, folder, "--output", index) == 0
+    (folder / "ant" / "0.png").rename(tmp_path / "0.png")
+
+    def ended(path: Path, content: object) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pairclip.command.outputs.write_json", ended)
+        assert run("index", model, folder, "--output", index) == 1
+    (tmp_path / "0.png").rename(folder / "ant" / "0.png")
+    # As the old contents say, but the index is of one image less.
+    assert run("index", model, folder, "--output", index) == 1

@@ -102,8 +102,9 @@ def index_of(
     index = pairclip.ImageIndex.build(
         tower, readable, batch_size=args.embed_batch_size, num_workers=args.num_workers
     )
+    # Gone before the index changes and written last: it never tells of another index.
+    (saved / CONTENTS).unlink(missing_ok=True)
     index.save(saved)
-    # Last, so that it never tells of an index that is not there.
     contents = {"model": model, "files": files, "unreadable": unreadable}
     outputs.write_json(saved / CONTENTS, contents)
     return index
